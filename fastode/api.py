@@ -1,0 +1,132 @@
+"""The one-call form: ``fastode.sample(denoiser, x, solver=..., grid=...)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastode.denoisers.base import Denoiser
+from fastode.denoisers.guidance import Guidance
+from fastode.engine import Callback, Engine, NoiseSource
+from fastode.noise import check_seeds
+from fastode.schedules.grid import Grid
+from fastode.schedules.noise import NoiseSchedule
+from fastode.schedules.spacing import GRIDS
+from fastode.solvers import SOLVERS, Solver
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+
+def sample(
+    denoiser: Denoiser | Callable[..., Any],
+    x: Tensor | None = None,
+    *,
+    solver: str | Solver = "dpm_solver_pp",
+    grid: Grid | ArrayLike | Sequence[float] | None = None,
+    nfe: int | None = None,
+    class_labels: Tensor | Sequence[int] | int | None = None,
+    guidance_scale: float | Sequence[float] | Tensor | None = None,
+    guidance: Guidance | None = None,
+    cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] | Tensor | None = None,
+    noise: NoiseSource | None = None,
+    backend: str = "auto",
+    callback: Callback | None = None,
+    progress: bool = False,
+    return_trajectory: bool = False,
+    check_finite: bool | None = None,
+    **options: Any,
+) -> Any:
+    """Sample a diffusion model.
+
+    Args:
+        denoiser: a :class:`Denoiser`, or a plain callable ``D(x, sigma)`` in the EDM frame.
+        x: the state at the first level, [B, *sample] (``sigma_0`` times unit noise, for grids that start at noise). May be
+            left out when ``seeds`` are given and the denoiser knows its sample shape.
+        solver: a name in ``SOLVERS`` or a :class:`Solver`.
+        grid: a :class:`Grid`, or EDM-frame sigmas taken as given, nothing appended. Or leave it out and give ``nfe``: then
+            the solver's usual grid is made with exactly that many evaluations.
+        class_labels, cond: conditions; ``guidance_scale`` (a number or one per sample) turns on classifier-free guidance,
+            against ``uncond`` or the network's "no class" label. ``guidance`` sets its interval and batching.
+        seeds: one whole number per sample: the initial state if ``x`` is left out, and the noise of stochastic solvers.
+        noise, callback, progress, return_trajectory: see :meth:`Engine.__call__`.
+        options: the solver's own, and ``afs``, ``denoise_to_zero``.
+
+    Returns [B, *sample] in float64 if ``x`` is float64, float32 otherwise; a :class:`Result` with ``return_trajectory``.
+    Raises ``ValueError`` or ``TypeError`` naming the argument before anything is computed.
+    """
+    d = Denoiser.of(denoiser)
+    chosen = solver if isinstance(solver, Solver) else SOLVERS[solver]
+    chosen.check(options)
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"x: must be a tensor, got {type(x).__name__}")
+    if x is not None and not x.dtype.is_floating_point:
+        raise TypeError(f"x: must be floating point, got {x.dtype}")
+    if (grid is None) == (nfe is None):
+        raise ValueError("grid: give a grid, or nfe to have one made" + (", not both" if grid is not None else ""))
+    if nfe is not None:
+        assert d.schedule is not None
+        levels, options = chosen.plan(nfe, grid_maker(chosen, d.schedule), **options)
+    else:
+        levels = Grid.of(grid)  # type: ignore[arg-type]
+    if x is not None:
+        shape: tuple[int, ...] = tuple(x.shape)
+    elif seeds is not None and d.sample_shape is not None:
+        shape = (len(check_seeds(seeds)), *d.sample_shape)
+    else:
+        raise ValueError("x: give the state at the first level, or seeds with a denoiser that knows its sample shape")
+    guided = guidance or (Guidance() if guidance_scale is not None else None)
+    engine = Engine(
+        chosen(levels, **options),
+        d,
+        shape,
+        _differentiable(backend, x, levels, guidance_scale),
+        device=None if x is None else x.device,
+        dtype=torch.float64 if x is not None and x.dtype == torch.float64 else torch.float32,
+        guidance=guided,
+        check_finite=check_finite,
+    )
+    return engine(
+        x,
+        seeds=seeds,
+        class_labels=class_labels,
+        guidance_scale=guidance_scale,
+        cond=cond,
+        uncond=uncond,
+        noise=noise,
+        callback=callback,
+        progress=progress,
+        return_trajectory=return_trajectory,
+    )
+
+
+def grid_maker(solver: Solver, schedule: NoiseSchedule, name: str | None = None, **kwargs: Any) -> Callable[..., Grid]:
+    """``make(steps=..., final=...)`` for the named placement of levels, by default the solver's usual one.
+
+    A schedule without a finite range in the EDM frame (a flow) gets uniform times instead of a Karras or log-SNR grid.
+    """
+    if name is not None and name not in GRIDS:
+        raise ValueError(f"grid: must be one of {', '.join(GRIDS)}, got {name!r}")
+    chosen = name or solver.grid
+    finite = schedule.sigma_max < math.inf and schedule.sigma_min > 0
+    if name is None and not finite:
+        chosen = "time_uniform"
+
+    def make(*, steps: int, final: str) -> Grid:
+        end = final if finite or schedule.sigma_min > 0 else "sigma_min"
+        return GRIDS[chosen](schedule, steps, **{"final": end, **kwargs})
+
+    return make
+
+
+def _differentiable(backend: str, x: Tensor | None, grid: Grid, scale: Any) -> str:
+    """"auto" means the reference backend where a gradient is asked for: it is the differentiable one."""
+    wanted = (x is not None and x.requires_grad) or grid.sigma.requires_grad or grid.alpha.requires_grad
+    wanted = wanted or (isinstance(scale, Tensor) and scale.requires_grad)
+    return "reference" if backend == "auto" and wanted and torch.is_grad_enabled() else backend

@@ -1,0 +1,76 @@
+"""The definition of what a program means, in PyTorch: any dtype, any device, differentiable. Every other backend is tested
+against it. It works on the program itself, before any folding, with denoised estimates as the solver wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fastode.program import Program, Stage, Table
+from fastode.scalar import Late, evaluate
+
+
+def run(
+    program: Program,
+    denoise: Callable[[Tensor, Stage, Mapping[Late, Any]], Tensor],
+    x: Tensor,
+    *,
+    noise: Callable[[int], Tensor] | None = None,
+    known: Mapping[Late, Any] | None = None,
+    visit: Callable[[Stage, Tensor, Tensor], bool | None] | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Execute ``program`` from ``x`` [B, *sample]; returns the result and the values still held (all, if ``keep``).
+
+    ``denoise(x, stage, known)`` returns the denoised estimate in the dtype of ``x``; ``noise(k)`` is draw k; ``known`` gives
+    the late numbers. ``visit(stage, x, denoised)`` is called after every evaluation; True ends the run there, and the
+    result is then the state that was evaluated.
+    """
+    values: dict[int, Tensor] = {0: x}
+    memo: dict[int, Any] = {}
+    last_use = _last_uses(program)
+
+    def apply(table: Table, output: Tensor | None) -> None:
+        new: dict[int, Tensor] = {}
+        for write, form in table.rows():
+            total: Tensor | None = None
+            for atom, coefficient in form.terms.items():
+                c = evaluate(coefficient, known or {}, memo)
+                c = c.to(device=x.device, dtype=x.dtype) if isinstance(c, Tensor) else c
+                if atom.kind == "one":
+                    term = c * x.new_ones(()).expand_as(x)
+                else:
+                    source = (
+                        values[atom.index]
+                        if atom.kind == "value"
+                        else output if atom.kind == "output" else noise(atom.index)  # type: ignore[misc]
+                    )
+                    term = source * c if isinstance(c, Tensor) or c != 1 else source
+                total = term if total is None else total + term
+            new[write] = x.new_zeros(()).expand_as(x) if total is None else total
+        values.update(new)
+
+    apply(program.init, None)
+    for stage in program.stages:
+        point = values[stage.net_in]
+        output = denoise(point, stage, known or {})
+        if visit is not None and visit(stage, point, output):
+            return point, values
+        apply(stage.table, output)
+        if not keep:
+            for value in [v for v in values if last_use.get(v, -1) <= stage.index and v != program.result]:
+                del values[value]
+    return values[program.result], values
+
+
+def _last_uses(program: Program) -> dict[int, int]:
+    """The stage after whose update each value is no longer read."""
+    last: dict[int, int] = {}
+    for stage in program.stages:
+        last[stage.net_in] = stage.index
+        for atom in stage.table.columns:
+            if atom.kind == "value":
+                last[atom.index] = stage.index
+    return last

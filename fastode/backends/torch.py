@@ -1,0 +1,87 @@
+"""Lowered updates in plain tensor operations: runs wherever PyTorch runs, and is what everything else falls back to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastode.backends.base import Buffers
+from fastode.program.lower import Lowered, Source
+from fastode.scalar import Late, evaluate
+
+
+class TorchExecutor:
+    """Evaluates every row of an update before it writes any, since a slot may be both read and written."""
+
+    def __init__(self, lowered: Lowered, buffers: Buffers, noise: Callable[[int], Tensor]) -> None:
+        self.lowered, self.buffers, self.noise = lowered, buffers, noise
+        self._tables: list[list[list[Any]]] | None = None
+
+    def load(self, known: Mapping[Late, Any]) -> None:
+        if self._tables is not None and not self.lowered.late:
+            return
+        memo: dict[int, Any] = {}
+        slots = self.buffers.slots
+
+        def number(c: Any) -> Any:
+            value = evaluate(c, known, memo)
+            if not isinstance(value, Tensor):
+                return float(value)
+            if value.ndim == 0 and not value.requires_grad:
+                return float(value)
+            return value.to(device=slots.device, dtype=slots.dtype)
+
+        self._tables = [[[number(c) for c in row] for row in u.entries] for u in self.lowered.updates]
+
+    def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> None:
+        update = self.lowered.updates[index]
+        assert self._tables is not None
+        dtype = self.buffers.slots.dtype
+        columns = [self._source(s, start, outputs, dtype) for s in update.sources]
+        rows = [_weighted_sum(columns, row, start) for row in self._tables[index]]
+        for target, row in zip(update.targets, rows, strict=True):
+            if target.kind == "slot":
+                self.buffers.slots[target.index].copy_(row)
+            else:
+                (self.buffers.net_in if target.kind == "input" else result).copy_(row)
+
+    def _source(self, source: Source, start: Tensor, outputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        if source.kind == "slot":
+            return self.buffers.slots[source.index]
+        if source.kind == "start":
+            return start
+        if source.kind == "input":
+            return self.buffers.net_in.to(dtype)
+        if source.kind == "output":
+            return outputs[source.index].to(dtype)
+        if source.kind == "noise":
+            return self.noise(source.index)
+        return torch.ones((), device=start.device, dtype=dtype)
+
+
+def _weighted_sum(columns: list[Tensor], row: list[Any], like: Tensor) -> Tensor:
+    total: Tensor | None = None
+    for column, c in zip(columns, row, strict=True):
+        if isinstance(c, Tensor):
+            term = column * c
+            total = term if total is None else total + term
+        elif c == 0:
+            continue
+        elif total is None:
+            total = column * c
+        else:
+            total = torch.add(total, column, alpha=c)
+    return torch.zeros_like(like) if total is None else total
+
+
+class TorchBackend:
+    name = "torch"
+
+    def missing(self, device: torch.device) -> str | None:
+        return None
+
+    def bind(self, lowered: Lowered, buffers: Buffers, noise: Callable[[int], Tensor]) -> TorchExecutor:
+        return TorchExecutor(lowered, buffers, noise)

@@ -1,0 +1,250 @@
+"""A denoiser: a network, what its output means, and what it is conditioned on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
+from fastode.denoisers.precondition import PREDICTIONS, Scaling, scaling
+from fastode.scalar import Scalar, evaluate
+from fastode.schedules.grid import Level
+from fastode.schedules.noise import EDM, Flow, NoiseSchedule, VPLinear
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one call is conditioned on. ``class_labels``: [B] int64; the mappings hold further keyword arguments.
+
+    ``uncond`` replaces ``cond`` in the unconditional half of guidance; entries whose first dimension is the batch are
+    concatenated for a batched call.
+    """
+
+    class_labels: Tensor | None = None
+    cond: Mapping[str, Any] = field(default_factory=dict)
+    uncond: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """D(x; sigma) = E[x_0 | x] from a network.
+
+    ``network(x, c_noise, class_labels=..., **cond)`` is called with [B, *sample] in its own dtype and ``c_noise`` [B]; for
+    ``prediction="denoised"`` it is called as ``network(x, sigma, ...)`` in the EDM frame (x = x_0 + sigma n), with sigma a
+    tensor without dimensions (or [B, 1, ...] when it differs between samples), as the analytic denoisers and EDM's
+    preconditioned networks expect.
+
+    ``prediction``: "edm" (raw network of EDM preconditioning, ``sigma_data``), "eps", "x0", "v", "flow" or "denoised".
+    ``schedule``: the noise schedule the network was trained on; by default VP-linear for eps, x0, v and Flow for flow.
+    ``num_classes``: labels are 0 .. num_classes - 1; ``null_label`` stands for "no class" and makes guidance possible.
+    ``transforms`` are applied to D itself (clipping, thresholding); they cannot be folded into a table.
+
+    Raises ``ValueError`` for unknown predictions, or schedules that contradict them.
+    """
+
+    network: Callable[..., Any]
+    prediction: str = "edm"
+    schedule: NoiseSchedule | None = None
+    sigma_data: float = 0.5
+    num_classes: int | None = None
+    null_label: int | None = None
+    sample_shape: tuple[int, ...] | None = None
+    transforms: tuple[Transform, ...] = ()
+    name: str = "denoiser"
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.network):
+            raise TypeError(f"network: must be callable, got {type(self.network).__name__}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction: must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+        if not self.sigma_data > 0:
+            raise ValueError(f"sigma_data: must be positive, got {self.sigma_data}")
+        if self.schedule is None:
+            default: NoiseSchedule
+            default = Flow() if self.prediction == "flow" else EDM() if self.prediction in ("edm", "denoised") else VPLinear()
+            object.__setattr__(self, "schedule", default)
+        if self.prediction == "flow" and not isinstance(self.schedule, Flow):
+            raise ValueError(f"schedule: flow prediction needs a Flow schedule, got {type(self.schedule).__name__}")
+
+    @classmethod
+    def of(cls, denoiser: Denoiser | Callable[..., Any]) -> Denoiser:
+        """``denoiser`` itself, or a plain callable ``D(x, sigma)`` in the EDM frame as one."""
+        if isinstance(denoiser, Denoiser):
+            return denoiser
+        if not callable(denoiser):
+            raise TypeError(f"denoiser: must be a Denoiser or a callable D(x, sigma), got {type(denoiser).__name__}")
+        return cls(denoiser, prediction="denoised", name=getattr(denoiser, "__name__", type(denoiser).__name__))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The network's dtype; None for callables without parameters, which take the state's."""
+        parameter = self._parameter()
+        return None if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        parameter = self._parameter()
+        return None if parameter is None else parameter.device
+
+    def _parameter(self) -> Tensor | None:
+        if not isinstance(self.network, nn.Module):
+            return None
+        return next(iter(self.network.parameters()), None)
+
+    def to(self, *args: Any, **kwargs: Any) -> Denoiser:
+        """Move or cast the network (a module) in place, as ``torch.nn.Module.to``; returns self."""
+        if isinstance(self.network, nn.Module):
+            self.network.to(*args, **kwargs)
+        return self
+
+    def scaling(self, level: Level) -> Scaling:
+        """c_skip, c_out, c_in, c_noise on ``level``, in the frame of the level."""
+        return scaling(self.prediction, level, schedule=self.schedule, sigma_data=self.sigma_data)
+
+    def columns(self, level: Level, guidance: Guidance | None) -> tuple[Scalar, ...]:
+        """Weights of the network outputs in F: one output, or (unconditional, conditional) under guidance."""
+        if guidance is None or not guidance.active(level):
+            return (1.0,)
+        return 1 - GUIDANCE_SCALE, GUIDANCE_SCALE
+
+    def check_condition(self, batch: int, condition: Condition, guidance: Guidance | None) -> Condition:
+        """``condition`` as the network takes it. Raises ``ValueError`` naming the argument."""
+        labels = condition.class_labels
+        if labels is not None:
+            if self.num_classes == 0 or not self._takes("class_labels"):
+                raise ValueError(f"class_labels: {self.name} is not class-conditional")
+            labels = torch.as_tensor(labels)
+            if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+                raise ValueError(f"class_labels: must be integers, got {labels.dtype}")
+            if labels.ndim == 0:
+                labels = labels.expand(batch)
+            if labels.shape != (batch,):
+                raise ValueError(f"class_labels: need one label per sample [{batch}], got shape {list(labels.shape)}")
+            if self.num_classes is not None:
+                top = self.num_classes - 1 if self.null_label is None else max(self.num_classes - 1, self.null_label)
+                wrong = labels[(labels < 0) | (labels > top)]
+                if wrong.numel():
+                    raise ValueError(f"class_labels: must be in 0 .. {top}, got {int(wrong[0])}")
+            labels = labels.to(device=self.device, dtype=torch.int64)
+        if guidance is not None:
+            if labels is None and not condition.cond:
+                raise ValueError("guidance_scale: guidance needs a condition (class_labels or cond=...)")
+            if condition.uncond is None and (labels is None or self.null_label is None):
+                raise ValueError(
+                    f"guidance_scale: {self.name} has no unconditional input; give null_label to Denoiser or uncond=... here"
+                )
+        return replace(condition, class_labels=labels)
+
+    def _takes(self, name: str) -> bool:
+        target = self.network.forward if isinstance(self.network, nn.Module) else self.network
+        try:
+            parameters = inspect.signature(target).parameters
+        except (TypeError, ValueError):
+            return True
+        return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def raw(self, net_in: Tensor, c_noise: Tensor, condition: Condition, guidance: Guidance | None = None) -> Sequence[Tensor]:
+        """Raw outputs at ``net_in`` [B, *sample] (already scaled by c_in), one per column. ``c_noise``: see class."""
+        if guidance is None:
+            return (self._call(net_in, c_noise, condition.class_labels, condition.cond),)
+        labels, cond = condition.class_labels, condition.cond
+        uncond = cond if condition.uncond is None else {**cond, **condition.uncond}
+        none = labels
+        if labels is not None and self.null_label is not None and "class_labels" not in uncond:
+            none = torch.full_like(labels, self.null_label)
+        elif "class_labels" in uncond:
+            none = uncond["class_labels"]
+            uncond = {k: v for k, v in uncond.items() if k != "class_labels"}
+        if not guidance.batched:
+            return self._call(net_in, c_noise, none, uncond), self._call(net_in, c_noise, labels, cond)
+        b = net_in.shape[0]
+        both = {k: _join(uncond[k], v, b) for k, v in cond.items()}
+        pair = None if labels is None or none is None else torch.cat([none, labels])
+        c_pair = c_noise if c_noise.ndim == 0 else torch.cat([c_noise, c_noise])
+        return self._call(torch.cat([net_in, net_in]), c_pair, pair, both).chunk(2)
+
+    def _call(self, net_in: Tensor, c_noise: Tensor, labels: Tensor | None, cond: Mapping[str, Any]) -> Tensor:
+        kwargs = dict(cond) if labels is None else {"class_labels": labels, **cond}
+        raw = self.network(net_in, c_noise, **kwargs)
+        if isinstance(raw, (tuple, list)):
+            raw = raw[0]
+        if not isinstance(raw, Tensor):
+            raise TypeError(f"network: must return a tensor, got {type(raw).__name__}")
+        if raw.shape != net_in.shape:
+            raise ValueError(f"network: returned shape {list(raw.shape)} for an input of shape {list(net_in.shape)}")
+        return raw
+
+    def c_noise(self, value: Any, net_in: Tensor) -> Tensor:
+        """``c_noise`` as the network takes it: [B] for networks, no dimension for plain denoisers."""
+        tensor = torch.as_tensor(value, device=net_in.device, dtype=net_in.dtype)
+        if self.prediction == "denoised":
+            return tensor
+        return tensor.reshape(-1).expand(net_in.shape[0])
+
+    def denoise(
+        self,
+        x: Tensor,
+        level: Level,
+        condition: Condition | None = None,
+        *,
+        guidance: Guidance | None = None,
+        known: Mapping[Any, Any] | None = None,
+    ) -> Tensor:
+        """D at state ``x`` [B, *sample] of ``level``, unfolded; the definition that lowered programs are tested against."""
+        on = guidance if guidance is not None and guidance.active(level) else None
+        memo: dict[int, Any] = {}
+        s = self.scaling(level)
+        net_in = _weigh(evaluate(s.c_in, known or {}, memo), x).to(self.dtype or x.dtype)
+        c_noise = self.c_noise(evaluate(s.c_noise, known or {}, memo), net_in)
+        outputs = self.raw(net_in, c_noise, condition or Condition(), on)
+        return self.assemble(x, outputs, level, on, known)
+
+    def assemble(
+        self,
+        x: Tensor,
+        outputs: Sequence[Tensor],
+        level: Level,
+        guidance: Guidance | None = None,
+        known: Mapping[Any, Any] | None = None,
+    ) -> Tensor:
+        """D from the state and the raw outputs of one level: c_skip x + c_out sum_g w_g F_g, then the transforms."""
+        memo: dict[int, Any] = {}
+        s = self.scaling(level)
+        c_skip, c_out = (evaluate(c, known or {}, memo) for c in (s.c_skip, s.c_out))
+        weights = [evaluate(w, known or {}, memo) for w in self.columns(level, guidance)]
+        denoised = _weigh(c_skip, x)
+        for w, raw in zip(weights, outputs, strict=True):
+            denoised = denoised + _weigh(w * c_out, raw.to(x.dtype))
+        for transform in self.transforms:
+            denoised = transform(denoised)
+        return denoised
+
+    def __call__(self, x: Tensor, sigma: Any, class_labels: Tensor | None = None, **cond: Any) -> Tensor:
+        """D(x; sigma) in the EDM frame: x = x_0 + sigma n, [B, *sample]; ``sigma`` a number."""
+        condition = self.check_condition(x.shape[0], Condition(class_labels, cond), None)
+        return self.denoise(x, Level(1.0, float(sigma), None), condition)
+
+
+def _weigh(c: Any, x: Tensor) -> Tensor:
+    """c * x with the coefficient in float64 until the last moment."""
+    if isinstance(c, Tensor):
+        return c.to(device=x.device, dtype=x.dtype) * x
+    return x if _plain_one(c) else x * c
+
+
+def _plain_one(c: Any) -> bool:
+    return isinstance(c, (int, float)) and c == 1
+
+
+def _join(uncond: Any, cond: Any, batch: int) -> Any:
+    if isinstance(cond, Tensor) and cond.ndim and cond.shape[0] == batch:
+        return torch.cat([torch.as_tensor(uncond).to(cond), cond])
+    return cond

@@ -1,0 +1,364 @@
+"""The engine: a program, a denoiser and a backend bound together, ready to sample."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastode.backends import BACKENDS, choose, reference
+from fastode.backends.base import Buffers, Executor
+from fastode.denoisers.base import Condition, Denoiser
+from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
+from fastode.noise import check_seeds, normal
+from fastode.program import Program, Stage
+from fastode.program.lower import Call, Lowered, lower
+from fastode.scalar import Late, evaluate
+
+Callback = Callable[[int, float, Tensor, Tensor], Any]
+NoiseSource = Callable[[int], Tensor] | Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A run with its trajectory.
+
+    ``samples``: [B, *sample]; ``states[i]``: the state at grid level i, in the grid's frame; ``sigmas``: EDM-frame noise
+    level of every network call in order, float64 [NFE]; ``nfe``: evaluations per sample.
+    """
+
+    samples: Tensor
+    states: list[Tensor]
+    sigmas: Tensor
+    nfe: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Workspace:
+    """Memory of one run in flight; borrowed for a call and given back, never shared."""
+
+    buffers: Buffers
+    executor: Executor
+    draws: _Draws
+
+
+class _Draws:
+    """The draws of the current call. Filled per call, so that an executor bound once can read them."""
+
+    def __init__(self) -> None:
+        self.source: Callable[[int], Tensor] | None = None
+
+    def __call__(self, index: int) -> Tensor:
+        assert self.source is not None
+        return self.source(index)
+
+
+class NonFiniteError(ValueError):
+    """The network returned NaN or Inf."""
+
+
+class Engine:
+    """``engine(x)`` or ``engine(seeds=[...])`` returns samples [B, *sample].
+
+    Args:
+        program: a compiled solver, ``SOLVERS[name](grid, **options)``.
+        denoiser: a :class:`Denoiser`, or a plain callable ``D(x, sigma)`` in the EDM frame.
+        shape: ``(B, *sample)``.
+        backend: "auto", "reference" (the definition; differentiable) or the name of an executor.
+        device, dtype: of the state; by default the network's device and float32. Sums are made in ``dtype`` and the network
+            is called in its own.
+        guidance: a :class:`Guidance` (or True) prepares classifier-free guidance; its strength comes with each call.
+        check_finite: stop with the stage and sigma named when the network returns NaN or Inf. Default: on CPU only, since
+            looking at a number on a GPU makes the host wait.
+
+    The engine is immutable and safe to share between threads: each call borrows its own buffers. Raises ``ValueError`` or
+    ``TypeError`` naming the argument before anything is computed.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        denoiser: Denoiser | Callable[..., Any],
+        shape: Sequence[int],
+        backend: str = "auto",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        guidance: Guidance | bool | None = None,
+        check_finite: bool | None = None,
+    ) -> None:
+        if not isinstance(program, Program):
+            raise TypeError(f"program: must be a Program such as SOLVERS['ddim'](grid), got {type(program).__name__}")
+        self.program, self.denoiser = program, Denoiser.of(denoiser)
+        self.shape = _check_shape(shape, self.denoiser)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype: the state is float32 or float64, got {dtype} (the network may use its own dtype)")
+        self.dtype = dtype
+        self.device = torch.device(device) if device is not None else (self.denoiser.device or torch.device("cpu"))
+        if self.denoiser.device is not None and self.denoiser.device.type != self.device.type:
+            raise ValueError(f"device: the network is on {self.denoiser.device}, the state would be on {self.device}")
+        self.backend = choose(backend, self.device)
+        self.guidance = Guidance() if guidance is True else (guidance or None)
+        self.check_finite = self.device.type == "cpu" if check_finite is None else bool(check_finite)
+        self.net_dtype = self.denoiser.dtype or dtype
+        self._lowered: dict[bool, Lowered] = {}
+        self._free: dict[bool, queue.SimpleQueue[_Workspace]] = {False: queue.SimpleQueue(), True: queue.SimpleQueue()}
+        for stage in program.stages:  # a level that the prediction cannot handle is an error now, not in the run
+            self.denoiser.scaling(stage.level)
+        if self.backend != "reference":
+            self._lower(watch=False)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample; guidance by a second call is not counted twice."""
+        return self.program.nfe
+
+    @property
+    def slots(self) -> int:
+        """State-sized buffers a run needs besides the network's input and output."""
+        return self._lower(watch=False).slots
+
+    def _lower(self, *, watch: bool) -> Lowered:
+        if watch not in self._lowered:
+            denoiser = self.denoiser
+            self._lowered[watch] = lower(
+                self.program,
+                denoiser.scaling,
+                lambda level: denoiser.columns(level, self.guidance),
+                folded=not denoiser.transforms,
+                exact_input=self.net_dtype == self.dtype,
+                watch=set(self.program.states) if watch else (),
+            )
+        return self._lowered[watch]
+
+    def __call__(
+        self,
+        x: Tensor | None = None,
+        *,
+        seeds: Sequence[int] | Tensor | None = None,
+        class_labels: Tensor | Sequence[int] | int | None = None,
+        guidance_scale: float | Sequence[float] | Tensor | None = None,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        noise: NoiseSource | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        return_trajectory: bool = False,
+    ) -> Any:
+        """Sample from the state ``x`` at the first level, or from ``seeds`` (one whole number per sample).
+
+        ``seeds`` also drive the noise of stochastic solvers, sample by sample; without them it follows torch's global
+        generator. ``noise`` replaces that noise: a list of tensors or a function of the draw's number.
+        ``callback(step, sigma, state, denoised)`` is called after the first evaluation of every step, with the EDM-frame
+        noise level, the state there and its denoised estimate; returning True ends the run, and that state is the result.
+        Returns the samples, or a :class:`Result` with ``return_trajectory=True``.
+        """
+        condition = Condition(_as_labels(class_labels), dict(cond or {}), uncond)
+        condition = self.denoiser.check_condition(self.shape[0], condition, self.guidance)
+        known = self._known(guidance_scale)
+        seed_tensor = None if seeds is None else check_seeds(seeds, self.shape[0])
+        start = self._start(x, seed_tensor)
+        source = self._noise_source(noise, seed_tensor)
+        watcher = _Watcher(self, callback, progress)
+        with watcher:
+            if self.backend == "reference":
+                samples, values = self._run_reference(start, condition, known, source, watcher, return_trajectory)
+                states = [values[v] for v in self.program.states if v in values] if return_trajectory else []
+            else:
+                with torch.no_grad():
+                    samples, states = self._run_lowered(start, condition, known, source, watcher, return_trajectory)
+        if return_trajectory:
+            return Result(samples, states, self.program.sigmas[: watcher.calls], watcher.calls)
+        return samples
+
+    # -- the two ways to run ---------------------------------------------------------------------------------------------
+
+    def _run_reference(
+        self,
+        start: Tensor,
+        condition: Condition,
+        known: Mapping[Late, Any],
+        source: Callable[[int], Tensor] | None,
+        watcher: _Watcher,
+        keep: bool,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        def denoise(x: Tensor, stage: Stage, late: Mapping[Late, Any]) -> Tensor:
+            denoised = self.denoiser.denoise(x, stage.level, condition, guidance=self.guidance, known=late)
+            self._check(stage, denoised)
+            return denoised
+
+        visit = watcher.visit
+        return reference.run(self.program, denoise, start, noise=source, known=known, visit=visit, keep=keep)
+
+    def _run_lowered(
+        self,
+        start: Tensor,
+        condition: Condition,
+        known: Mapping[Late, Any],
+        source: Callable[[int], Tensor] | None,
+        watcher: _Watcher,
+        keep: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        lowered, denoiser = self._lower(watch=keep), self.denoiser
+        work = self._borrow(keep)
+        work.draws.source = source
+        result = torch.empty(self.shape, device=self.device, dtype=self.dtype)
+        net_in = work.buffers.net_in
+        memo: dict[int, Any] = {}
+        try:
+            work.executor.load(known)
+            work.executor.update(0, start, (), result)
+            for i, call in enumerate(lowered.calls):
+                on = self.guidance if call.outputs > 1 else None
+                c_noise = denoiser.c_noise(evaluate(call.c_noise, known, memo), net_in)
+                version = net_in._version
+                outputs = denoiser.raw(net_in, c_noise, condition, on)
+                if net_in._version != version:
+                    raise RuntimeError("network: it changed its input in place; wrap it so that it works on a copy")
+                for raw in outputs:
+                    self._check(call.stage, raw)
+                if denoiser.transforms or watcher.wants(call.stage):
+                    state = self._state(call, work.buffers, known)
+                    denoised = denoiser.assemble(state, outputs, call.stage.level, on, known)
+                    if watcher.visit(call.stage, state, denoised):
+                        return state.clone(), []
+                    if denoiser.transforms:
+                        outputs = (denoised,)
+                else:
+                    watcher.visit(call.stage, None, None)
+                work.executor.update(i + 1, start, outputs, result)
+            states = []
+            if keep:
+                for value in self.program.states:
+                    at = lowered.states.get(value)
+                    states.append(start.clone() if at is None else work.buffers.slots[at.index].clone())
+            return result, states
+        finally:
+            work.draws.source = None
+            self._free[keep].put(work)
+
+    def _state(self, call: Call, buffers: Buffers, known: Mapping[Late, Any]) -> Tensor:
+        """The state that ``call`` evaluates, read back for the callback or for an unfolded estimate."""
+        if call.point.kind == "slot":
+            return buffers.slots[call.point.index]
+        c_in = evaluate(self.denoiser.scaling(call.stage.level).c_in, known)
+        return buffers.net_in.to(self.dtype) / c_in
+
+    # -- checks and per-call state ---------------------------------------------------------------------------------------
+
+    def _borrow(self, watch: bool) -> _Workspace:
+        try:
+            return self._free[watch].get_nowait()
+        except queue.Empty:
+            lowered = self._lower(watch=watch)
+            slots = torch.empty((lowered.slots, *self.shape), device=self.device, dtype=self.dtype)
+            net_in = torch.empty(self.shape, device=self.device, dtype=self.net_dtype)
+            buffers, draws = Buffers(slots, net_in), _Draws()
+            return _Workspace(buffers, BACKENDS[self.backend].bind(lowered, buffers, draws), draws)
+
+    def _check(self, stage: Stage, output: Tensor) -> None:
+        if self.check_finite and not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(
+                f"network: returned NaN or Inf at stage {stage.index} (step {stage.step}, "
+                f"sigma {float(self.program.sigmas[stage.index]):.6g})"
+            )
+
+    def _known(self, scale: Any) -> dict[Late, Any]:
+        if self.guidance is None:
+            if scale is not None:
+                raise ValueError("guidance_scale: this engine was built without guidance; give Engine(..., guidance=True)")
+            return {}
+        if scale is None:
+            raise ValueError("guidance_scale: this engine is guided and needs a strength (a number, or one per sample)")
+        value = torch.as_tensor(scale, dtype=torch.float64)
+        if value.ndim == 0:
+            return {GUIDANCE_SCALE: float(value) if not value.requires_grad else value}
+        if value.shape != self.shape[:1]:
+            raise ValueError(f"guidance_scale: must be a number or [{self.shape[0]}] numbers, got shape {list(value.shape)}")
+        return {GUIDANCE_SCALE: value.reshape(-1, *[1] * (len(self.shape) - 1))}
+
+    def _start(self, x: Tensor | None, seeds: Tensor | None) -> Tensor:
+        if x is None:
+            if seeds is None:
+                raise ValueError("x: give the state at the first level, or seeds")
+            z = normal(seeds, 0, self.shape[1:], dtype=self.dtype, device=self.device)
+            return z * float(self.program.grid[0].sigma)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: must be a tensor, got {type(x).__name__}")
+        if tuple(x.shape) != self.shape:
+            raise ValueError(f"x: this engine was built for shape {list(self.shape)}, got {list(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x: must be floating point, got {x.dtype}")
+        if x.device.type != self.device.type:
+            raise ValueError(f"x: is on {x.device}, the engine on {self.device}")
+        return x.to(self.dtype)
+
+    def _noise_source(self, noise: NoiseSource | None, seeds: Tensor | None) -> Callable[[int], Tensor] | None:
+        count = self.program.draws
+        if noise is not None and not callable(noise):
+            tensors = list(noise)
+            if len(tensors) < count:
+                raise ValueError(f"noise: this program makes {count} draws, got {len(tensors)}")
+            noise = tensors.__getitem__
+        if noise is not None:
+            given = noise
+
+            def checked(k: int) -> Tensor:
+                z = given(k)
+                if tuple(z.shape) != self.shape:
+                    raise ValueError(f"noise: draw {k} must have shape {list(self.shape)}, got {list(z.shape)}")
+                return z.to(device=self.device, dtype=self.dtype)
+
+            return checked
+        if not count:
+            return None
+        if seeds is None:
+            seeds = torch.randint(0, 2**62, (self.shape[0],))
+        rows = seeds
+        return lambda k: normal(rows, k + 1, self.shape[1:], dtype=self.dtype, device=self.device)
+
+
+class _Watcher:
+    """Calls the callback once per step, shows progress, and counts network calls."""
+
+    def __init__(self, engine: Engine, callback: Callback | None, progress: bool) -> None:
+        self.engine, self.callback, self.calls = engine, callback, 0
+        self._last_step = -1
+        self._bar = tqdm(total=engine.nfe, disable=not progress, unit="eval", desc=engine.program.name)
+
+    def __enter__(self) -> _Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def wants(self, stage: Stage) -> bool:
+        return self.callback is not None and stage.step != self._last_step
+
+    def visit(self, stage: Stage, state: Tensor | None, denoised: Tensor | None) -> bool:
+        self.calls += 1
+        self._bar.update()
+        if self.callback is None or stage.step == self._last_step:
+            return False
+        self._last_step = stage.step
+        sigma = float(self.engine.program.sigmas[stage.index])
+        assert state is not None and denoised is not None
+        return bool(self.callback(stage.step, sigma, state, denoised))
+
+
+def _check_shape(shape: Sequence[int], denoiser: Denoiser) -> tuple[int, ...]:
+    sizes = tuple(int(n) for n in shape)
+    if len(sizes) < 2 or any(n < 1 for n in sizes):
+        raise ValueError(f"shape: must be (B, *sample) with positive sizes, got {list(shape)}")
+    if denoiser.sample_shape is not None and sizes[1:] != tuple(denoiser.sample_shape):
+        raise ValueError(f"shape: {denoiser.name} makes samples of shape {list(denoiser.sample_shape)}, got {list(sizes[1:])}")
+    return sizes
+
+
+def _as_labels(labels: Any) -> Tensor | None:
+    return None if labels is None else torch.as_tensor(labels)

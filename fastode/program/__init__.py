@@ -1,0 +1,8 @@
+"""Programs: linear forms, the tracer that records them, and the frozen tables that backends execute."""
+
+from fastode.program.form import Atom, Form
+from fastode.program.program import Program, Stage, Table, Unrolled
+from fastode.scalar import Late, Scalar
+from fastode.program.trace import Trace
+
+__all__ = ["Atom", "Form", "Late", "Program", "Scalar", "Stage", "Table", "Trace", "Unrolled"]
