@@ -26,7 +26,8 @@ print("system" if usable else "own")
 endef
 export PROBE
 
-# A virtual environment made from another one does not see its packages, so they are linked by a .pth file.
+# A virtual environment made from another one does not see its packages, so they are linked by a .pth file. It gets no
+# pip and setuptools of its own either: those that come with Python are older and would hide the parent's.
 define LINK_PARENT
 import pathlib, site, subprocess, sys
 paths = subprocess.check_output([sys.argv[1], "-c", "import site; print(*site.getsitepackages(), sep='\\n')"], text=True)
@@ -34,6 +35,9 @@ lines = [f"import site; site.addsitedir({path!r})\n" for path in paths.splitline
 pathlib.Path(site.getsitepackages()[0], "parent.pth").write_text("".join(lines))
 endef
 export LINK_PARENT
+
+HAS_SETUPTOOLS = import setuptools; print("--no-build-isolation" * (int(setuptools.__version__.split(".")[0]) >= 77))
+export HAS_SETUPTOOLS
 
 .PHONY: help demo test bench lint format types clean
 .DELETE_ON_ERROR:
@@ -72,12 +76,13 @@ clean:  ## remove what was built, and the caches; `rm -rf .venv` removes the env
 # The environment and torch. An existing .venv is used as it is. torch comes before the package, at its pinned version:
 # on Linux a free choice of torch may bring gigabytes of CUDA libraries.
 $(VENV)/.stamp-torch:
-	@set -e; mode=$$($(PYTHON) -c "$$PROBE"); mode=$${TORCH:-$$mode}; \
-	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	@set -e; if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	    mode=$$($(PYTHON) -c "$$PROBE"); mode=$${TORCH:-$$mode}; \
 	    echo "making $(VENV) ($$mode torch)"; \
 	    if [ $$mode = system ]; then \
-	        $(PYTHON) -m venv --system-site-packages $(VENV); \
+	        $(PYTHON) -m venv --system-site-packages --without-pip $(VENV); \
 	        $(PY) -c "$$LINK_PARENT" $(PYTHON); \
+	        $(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip; \
 	    else \
 	        $(PYTHON) -m venv $(VENV); \
 	    fi; \
@@ -92,7 +97,8 @@ $(VENV)/.stamp-torch:
 $(VENV)/.stamp-%: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	@echo "installing fastode $(patsubst [core],,[$*])"
 	@set -e; if $(SYSTEM_TORCH); then \
-	    $(PIP) install --no-deps --no-build-isolation -e . || $(PIP) install --no-deps -e .; \
+	    with=$$($(PY) -c "$$HAS_SETUPTOOLS" 2>/dev/null || true); \
+	    $(PIP) install --no-deps $$with -e .; \
 	    $(PY) -c "import numpy, safetensors, tqdm, PIL" 2>/dev/null || $(PIP) install numpy safetensors tqdm pillow; \
 	else \
 	    $(PIP) install -c constraints.txt -e '.$(patsubst [core],,[$*])'; \

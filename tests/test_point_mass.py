@@ -47,7 +47,7 @@ def rounding(name, options, grid):
     if name == "pndm":
         worst = float((sigmas[:-1] / sigmas[1:]).max()) if len(sigmas) > 1 else 1.0
         return 1e-11 + 2e-15 * worst**2
-    return 1e-11 + 2e-14 * float(sigmas[0] / sigmas[-1])
+    return 1e-11 + 2e-14 * (float(sigmas[0] / sigmas[-1]) if len(sigmas) else 1.0)
 
 
 def test_published_slip_is_real():

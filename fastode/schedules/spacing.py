@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -78,6 +79,7 @@ def time_uniform(schedule: NoiseSchedule, steps: int, *, power: float = 1.0, fin
     """
     if not power > 0:
         raise ValueError(f"power: must be positive, got {power}")
+    final = _end(schedule, final)
     a = _unit(steps, final)
     clock: NoiseSchedule = diffusion_time(schedule)
     first, last = clock.t_start, clock.t_end
@@ -87,7 +89,6 @@ def time_uniform(schedule: NoiseSchedule, steps: int, *, power: float = 1.0, fin
     t[0] = first if not isinstance(schedule, Flow) else float(schedule.shifted(first))
     name = f"time_uniform power={power:g}"
     if clock is schedule:
-        t = t[:-1] if final == "zero" and float(schedule.sigma(t[-1])) == 0 else t
         return _from_times(schedule, t, final, name)
     return _on_schedule(schedule, clock.rho(t), final, name)
 
@@ -98,27 +99,33 @@ def quadratic(schedule: NoiseSchedule, steps: int, *, final: Final = "sigma_min"
 
 
 def linspace(schedule: Discrete, steps: int, *, final: Final = "zero") -> Grid:
-    """Labels round(linspace(0, T - 1, steps + 1)) from the top, without the last: diffusers' "linspace"."""
+    """Labels round(linspace(0, T - 1, steps + 1)) from the top: "linspace" of diffusers' DPM-Solver, UniPC and DEIS.
+
+    ``final="zero"`` ends at sigma = 0 in place of label 0.
+    """
     table = _discrete(schedule)
-    labels = torch.linspace(0, len(table) - 1, steps + 1, dtype=torch.float64).round().flip(0)
-    if final == "sigma_min":
-        return _from_times(table, labels, final, "linspace")
-    return _from_times(table, labels[:-1], final, "linspace")
+    labels = _rounded(numpy.linspace(0, len(table) - 1, _check_steps(steps) + 1)).flip(0)
+    return _from_times(table, labels[:-1] if final == "zero" else labels, final, "linspace")
 
 
 def leading(schedule: Discrete, steps: int, *, offset: int = 0, final: Final = "zero") -> Grid:
-    """Labels i * (T // steps) + offset, i = steps-1 .. 0: diffusers' "leading" with ``steps_offset``, and PNDM's grid."""
+    """Labels i * (T // steps) + offset, i = steps-1 .. 0: "leading" of diffusers (``steps_offset``) and PNDM's grid.
+
+    ``final="sigma_min"`` ends at label 0. Without an offset the labels are then i * (T // (steps + 1)), i = steps .. 0:
+    that is "leading" of diffusers' DPM-Solver, UniPC and DEIS.
+    """
     table = _discrete(schedule)
-    stride = len(table) // steps
-    labels = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * stride + offset
-    return _from_times(table, labels, final, "leading")
+    extra = 1 if final == "sigma_min" and offset == 0 else 0
+    stride = len(table) // (_check_steps(steps) + extra)
+    labels = torch.arange(steps - 1 + extra, -1, -1, dtype=torch.float64) * stride + offset
+    return _from_times(table, labels if extra else _to_label_0(labels, final), final, "leading")
 
 
 def trailing(schedule: Discrete, steps: int, *, final: Final = "zero") -> Grid:
-    """Labels round(T - i T / steps) - 1, i = 0 .. steps-1: diffusers' "trailing"."""
+    """Labels round(T - i T / steps) - 1, i = 0 .. steps-1, diffusers' "trailing"; then label 0 for ``final="sigma_min"``."""
     table = _discrete(schedule)
-    labels = (len(table) - torch.arange(steps, dtype=torch.float64) * len(table) / steps).round() - 1
-    return _from_times(table, labels, final, "trailing")
+    labels = _rounded(numpy.arange(len(table), 0, -len(table) / _check_steps(steps))[:steps]) - 1
+    return _from_times(table, _to_label_0(labels, final), final, "trailing")
 
 
 def beta(schedule: NoiseSchedule, steps: int, *, a: float = 0.6, b: float = 0.6, final: Final = "zero") -> Grid:
@@ -127,6 +134,7 @@ def beta(schedule: NoiseSchedule, steps: int, *, a: float = 0.6, b: float = 0.6,
         from scipy.stats import beta as distribution
     except ImportError as error:
         raise ImportError("the beta grid needs scipy: pip install 'fastode[grids]'") from error
+    final = _end(schedule, final)
     clock = diffusion_time(schedule)
     quantiles = torch.from_numpy(distribution.ppf(1 - _unit(steps, final).numpy(), a, b))
     t = clock.t_end + quantiles * (clock.t_start - clock.t_end)
@@ -189,6 +197,20 @@ def _unit(steps: int, final: Final) -> Tensor:
         raise ValueError(f"final: 'sigma_min' or 'zero', got {final!r}")
     count = _check_steps(steps) + (final == "sigma_min")
     return torch.linspace(0, 1, count, dtype=torch.float64)
+
+
+def _end(schedule: NoiseSchedule, final: Final) -> Final:
+    """A schedule whose own last level is sigma = 0 (a flow) needs no zero appended."""
+    return "sigma_min" if final == "zero" and schedule.sigma_min == 0 else final
+
+
+def _rounded(values: numpy.ndarray) -> Tensor:
+    """Labels as numpy places and rounds them: elsewhere the ties fall another way, and the grid misses the published one."""
+    return torch.from_numpy(numpy.round(values))
+
+
+def _to_label_0(labels: Tensor, final: Final) -> Tensor:
+    return torch.cat([labels, labels.new_zeros(1)]) if final == "sigma_min" else labels
 
 
 def _range(schedule: NoiseSchedule, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
