@@ -52,10 +52,24 @@ class _Draws:
 
     def __init__(self) -> None:
         self.source: Callable[[int], Tensor] | None = None
+        self.seeds: Tensor | None = None
 
     def __call__(self, index: int) -> Tensor:
         assert self.source is not None
         return self.source(index)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seeded:
+    """Draw k of a program is draw k + 1 of the samples' seeds; draw 0 is the initial state."""
+
+    seeds: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, index: int) -> Tensor:
+        return normal(self.seeds, index + 1, self.shape, dtype=self.dtype, device=self.device)
 
 
 class NonFiniteError(ValueError):
@@ -207,6 +221,7 @@ class Engine:
         lowered, denoiser = self._lower(watch=keep), self.denoiser
         work = self._borrow(keep)
         work.draws.source = source
+        work.draws.seeds = source.seeds if isinstance(source, _Seeded) else None
         result = torch.empty(self.shape, device=self.device, dtype=self.dtype)
         net_in = work.buffers.net_in
         memo: dict[int, Any] = {}
@@ -319,8 +334,7 @@ class Engine:
             return None
         if seeds is None:
             seeds = torch.randint(0, 2**62, (self.shape[0],))
-        rows = seeds
-        return lambda k: normal(rows, k + 1, self.shape[1:], dtype=self.dtype, device=self.device)
+        return _Seeded(seeds, self.shape[1:], self.dtype, self.device)
 
 
 class _Watcher:
