@@ -1,0 +1,146 @@
+"""Lowered updates as single Triton launches: ``kernels/combine.py`` bound to the buffers of one run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastode.backends.base import Buffers, Draws
+from fastode.backends.packing import Packed, Packing, _upload
+from fastode.program.lower import Lowered, Source, Target
+from fastode.scalar import Late
+
+
+class TritonExecutor:
+    """One launch per update. Weights lie in one device tensor that ``load`` rewrites in place, so that launches
+    recorded in a CUDA graph use the new numbers.
+
+    Where ``noise.seeds`` are given, noise is made in the kernel; otherwise draw k is the tensor ``noise(k)``.
+    """
+
+    reports_finite = False
+
+    def __init__(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> None:
+        from fastode.kernels import combine as kernels
+
+        self.lowered, self.buffers, self.noise = lowered, buffers, noise
+        self._combine, self._place = kernels.combine, kernels.place
+        net_in, slots = buffers.net_in, buffers.slots
+        like = slots[0] if len(slots) else net_in
+        self._last = (self._place(like) or (False, 0))[0]  # sweep in the order in which the slots lie in memory
+        self.packing = Packing(lowered, tuple(net_in.shape))
+        self._state = slots.dtype
+        self.table = torch.zeros(self.packing.size, device=slots.device, dtype=slots.dtype)
+        shape = self.packing.fields_shape
+        self.fields = None if shape is None else self._empty_fields(shape)
+        self.seeds = torch.zeros(net_in.shape[0], device=slots.device, dtype=torch.int64)
+        self._made_here = False  # whether the draws of this call are made in the kernel
+        self._known: Mapping[Late, Any] | None = None
+        self._slots = [slots[i] for i in range(len(slots))]
+        self._tables = [self.table[p.offset : p.end] for p in self.packing.updates]
+
+    def load(self, known: Mapping[Late, Any]) -> None:
+        """Rewrite the table if a late number has changed, and take over the seeds of this call."""
+        if self._known is None or not _same(self._known, known, self.packing.late):
+            self.packing.fill(known, self.table, self.fields)
+            self._known = {k: v.clone() if isinstance(v, Tensor) else v for k, v in known.items()}
+        seeds = self.noise.seeds
+        self._made_here = seeds is not None
+        if seeds is not None and self.lowered.program.draws:
+            if seeds.device.type == "cpu":
+                _upload(seeds, self.seeds)
+            else:
+                self.seeds.copy_(seeds)
+
+    def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
+        update, packed = self.lowered.updates[index], self.packing.updates[index]
+        columns = [s for s in update.sources if s.kind != "one" and not (s.kind == "noise" and self._made_here)]
+        sources = [self._source(s, start, outputs) for s in columns]
+        self._launch(packed, self._tables[index], [self._target(t, result) for t in update.targets], sources)
+        return True
+
+    def _launch(self, packed: Packed, table: Tensor, targets: list[Tensor], sources: list[Tensor]) -> None:
+        n = targets[0][0].numel()
+        places = [self._place(t, self._last) for t in sources]
+        padded = {p.stride for p in places if p is not None} - {n}
+        for i, p in enumerate(places):
+            if p is None or (p.stride != n and len(padded) > 1):  # the kernel cannot read it where it lies
+                sources[i] = self._dense(sources[i])
+        self._combine(
+            targets,
+            sources,
+            table,
+            pattern=packed.pattern,
+            state=self._state,
+            rows=packed.rows,
+            draws=packed.columns - packed.one - len(sources),
+            one=packed.one,
+            seeds=self.seeds,
+            elements=packed.elements,
+            fields=self.fields if packed.elements else None,
+            last=self._last,
+        )
+
+    def _dense(self, tensor: Tensor) -> Tensor:
+        if self._last:
+            return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
+        return tensor.contiguous()
+
+    def _source(self, source: Source, start: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        if source.kind == "slot":
+            return self._slots[source.index]
+        if source.kind == "output":
+            return outputs[source.index]
+        if source.kind == "noise":
+            return self.noise(source.index)
+        return start if source.kind == "start" else self.buffers.net_in
+
+    def _target(self, target: Target, result: Tensor) -> Tensor:
+        if target.kind == "slot":
+            return self._slots[target.index]
+        return self.buffers.net_in if target.kind == "input" else result
+
+    def _empty_fields(self, shape: tuple[int, ...]) -> Tensor:
+        """Arrays of weights, in the order of the sweep."""
+        slots = self.buffers.slots
+        if not self._last:
+            return torch.zeros(shape, device=slots.device, dtype=slots.dtype)
+        moved = torch.zeros((*shape[:2], *shape[3:], shape[2]), device=slots.device, dtype=slots.dtype)
+        return moved.movedim(-1, 2)
+
+
+def _same(old: Mapping[Late, Any], new: Mapping[Late, Any], late: frozenset[Late]) -> bool:
+    """Whether no late number has changed. One on the device counts as changed: to compare it the host would wait."""
+    for key in late:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.device.type != "cpu" or b.device.type != "cpu" or a.shape != b.shape or not torch.equal(a, b):
+                return False
+        elif isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
+            return False
+    return True
+
+
+class TritonBackend:
+    """CUDA devices; with ``TRITON_INTERPRET=1`` set before triton is imported also the CPU, slowly, for tests."""
+
+    name = "triton"
+
+    def missing(self, device: torch.device) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'fastode[triton]')"
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+            return "Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1)"
+        if device.type not in ("cuda", "cpu"):
+            return f"Triton does not run on {device.type}"
+        if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return "it is written for compute capability 8.0 and newer"
+        return None
+
+    def bind(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> TritonExecutor:
+        return TritonExecutor(lowered, buffers, noise)

@@ -1,0 +1,185 @@
+"""The Triton kernel compiled for sm_80 and sm_90, which needs no GPU: 128-bit accesses, no spills, no shared memory.
+
+``python -m tests.test_triton_compile`` records what ptxas says of each kernel: benchmarks/results/triton_compile.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastode.kernels.combine import LANES, combine_kernel  # noqa: E402
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "triton_compile.json"
+
+
+class Case(NamedTuple):
+    """One specialisation: dtypes of the tensors read and written, and the options of the kernel."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    options: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+    state: str = "fp32"
+    warps: int = 4
+    aligned: bool = True
+
+
+F, H, B = "fp32", "fp16", "bf16"
+CASES: dict[str, Case] = {
+    "first input": Case((F,), (F,)),
+    "ddim": Case((F, F), (F,)),
+    "ddim bf16": Case((F, B), (F, B)),
+    "ddim fp16 guided": Case((F, H, H), (F, H)),
+    "dpm_solver_pp": Case((F, F, F), (F, F)),
+    "dpm_solver_pp bf16": Case((F, F, B), (F, F, B)),
+    "unipc": Case((F, F, F, F, F, F), (F, F, F)),
+    "unipc bf16": Case((F, F, F, F, F, B), (F, F, F, B)),
+    "largest": Case((F,) * 8, (F,) * 4),
+    "largest bf16": Case((F, F, F, F, F, B, B, B), (F, F, F, B)),
+    "largest, one warp": Case((F,) * 8, (F,) * 4, warps=1),
+    "per element": Case((F, F), (F,), {"ELEMENTS": (0, 1)}),
+    "noise": Case((F, F), (F,), {"NOISE": 1}),
+    "noise bf16": Case((F, B), (F, B), {"NOISE": 1}),
+    "two draws and a constant": Case((F, F), (F, F), {"NOISE": 2, "ONE": 1}),
+    "largest with noise": Case((F,) * 8, (F,) * 4, {"NOISE": 1}),
+    "64-bit offsets": Case((F, F, B), (F, B), {"WIDE": True}),
+    "64-bit offsets with noise": Case((F, F, B), (F, B), {"WIDE": True, "NOISE": 1}),
+    "padded outputs": Case((F, F, B), (F, B), {"STRIDED": 4}),
+    "noise, channels last": Case((F, F), (F,), {"NOISE": 1, "GATHER": True}),
+    "float64": Case(("fp64", "fp64"), ("fp64",), state="fp64"),
+}
+OTHERS: dict[str, Case] = {
+    "mixed formats": Case((F, B), (F, B), {"SWAPPED": 10, "BARRIER": True}),
+    "odd size": Case((F, F, B), (F, B), {"BARRIER": True}, aligned=False),
+}
+"""Correct, but not in 128-bit accesses."""
+
+
+@cache
+def facts(name: str, arch: int) -> dict[str, Any]:
+    """Registers, spilled bytes, stack and shared memory, and the global accesses in the PTX."""
+    case = {**CASES, **OTHERS}[name]
+    compiled = triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options={"num_warps": case.warps})
+    ptx = compiled.asm["ptx"]
+    said = _ptxas(ptx, re.search(r"\.target (\w+)", ptx)[1])
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spill_stores": int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        "spill_loads": int(re.search(r"(\d+) bytes spill loads", said)[1]),
+        "stack": int(re.search(r"(\d+) bytes stack frame", said)[1]),
+        "shared": compiled.metadata.shared,
+        "accesses": dict(sorted(Counter(re.findall(r"(?:ld|st)\.global\S*", ptx)).items())),
+    }
+
+
+def _source(case: Case) -> ASTSource:
+    columns = len(case.sources) + case.options.get("NOISE", 0) + case.options.get("ONE", 0)
+    entries = len(case.targets) * columns
+    constants = {
+        "STATE": {"fp32": tl.float32, "fp64": tl.float64}[case.state],
+        "PATTERN": 2**entries - 1,
+        "ELEMENTS": (0,) * entries,
+        **dict.fromkeys(("NOISE", "ONE", "STRIDED", "SWAPPED"), 0),
+        **dict.fromkeys(("GATHER", "WIDE", "BARRIER"), False),
+        "BLOCK": case.warps * 32 * LANES,
+        **case.options,
+    }
+    pointers = {"table": "*" + case.state, "fields": "*" + case.state, "seeds": "*i64"}
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    divisible = [["tt.divisibility", 16]]
+    for i, name in enumerate(combine_kernel.arg_names):
+        if name in ("sources", "targets"):
+            dtypes = case.sources if name == "sources" else case.targets
+            signature[name] = tuple("*" + d for d in dtypes)
+            attributes |= {(i, k): divisible for k in range(len(dtypes)) if case.aligned}
+        elif name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = pointers.get(name, "i64" if constants["WIDE"] and name in ("n", "stride") else "i32")
+            if name in pointers or (case.aligned and name in ("n", "stride", "field_stride", "field_size")):
+                attributes[(i,)] = divisible
+    return ASTSource(combine_kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def _ptxas(ptx: str, target: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={target}", path, "-o", Path(folder) / "kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", CASES)
+def test_128_bit_accesses_and_no_spills(name: str, arch: int) -> None:
+    case, found = CASES[name], facts(name, arch)
+    accesses = Counter(found["accesses"])
+    wide = 4 * (case.state == "fp32") or 2
+    fields = sum(bool(e) for e in case.options.get("ELEMENTS", ()))
+    state_reads = fields + sum(s == case.state for s in case.sources)
+    state_writes = sum(t == case.state for t in case.targets)
+    narrow_reads, narrow_writes = (sum(s in (B, H) for s in side) for side in (case.sources, case.targets))
+    per_tensor = 4 // wide  # float64: two accesses of 128 bits for four elements
+    bits = {"fp32": "b32", "fp64": "b64"}[case.state]
+    assert accesses[f"ld.global.v{wide}.{bits}"] == state_reads * per_tensor
+    assert accesses[f"st.global.v{wide}.{bits}"] == state_writes * per_tensor
+    # Four elements of a 16-bit tensor are 64 bits per thread, 256 bytes per warp: whole sectors as well.
+    assert (accesses["ld.global.v2.b32"], accesses["st.global.v2.b32"]) == (narrow_reads, narrow_writes)
+    assert found["spill_stores"] == found["spill_loads"] == found["stack"] == 0
+    assert case.state == "fp64" or found["shared"] == 0
+    assert found["registers"] <= 64  # 1024 threads fit on a multiprocessor
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_layouts_do_not_spill(name: str, arch: int) -> None:
+    found = facts(name, arch)
+    assert found["spill_stores"] == found["spill_loads"] == found["stack"] == 0
+
+
+def test_the_weights_are_loaded_before_anything_is_stored() -> None:
+    ptx = triton.compile(_source(CASES["largest"]), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert ptx.rindex("ld.global") < ptx.index("st.global")
+
+
+def test_recorded() -> None:
+    """The record names every kernel; other versions of Triton and ptxas may allocate other numbers of registers."""
+    kernels = json.loads(RESULTS.read_text())["kernels"]
+    assert set(kernels) == {f"{name} sm_{arch}" for name in {**CASES, **OTHERS} for arch in (80, 90)}
+    assert all(k["spill_stores"] == 0 for k in kernels.values())
+
+
+if __name__ == "__main__":
+    version = re.search(
+        r"release (\S+),", subprocess.check_output([triton.knobs.nvidia.ptxas.path, "--version"], text=True)
+    )
+    record = {
+        "what": "facts of compilation, found without a GPU; one thread handles 4 elements of every tensor",
+        "triton": triton.__version__,
+        "ptxas": version[1] if version else "unknown",
+        "kernels": {f"{name} sm_{arch}": facts(name, arch) for name in {**CASES, **OTHERS} for arch in (80, 90)},
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    for kernel, found in record["kernels"].items():
+        sys.stdout.write(f"{kernel:32} {found['registers']:3} registers, {found['stack']} stack, {found['accesses']}\n")
