@@ -10,6 +10,9 @@ change. Sums are made in the dtype of the state (float32 or float64); other tens
 Noise is that of ``fastode.noise``: one Philox block of four words gives the elements 4q .. 4q + 3 of a sample.
 """
 
+# Triton unrolls loops over tuples that grow by `t = t + (x,)`, and compiles no other form.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 import json
@@ -165,7 +168,7 @@ def combine_kernel(
     for i in tl.static_range(T):
         at = other if (SWAPPED >> i) & 1 else j
         base = b * stride if (STRIDED >> i) & 1 else b * n
-        columns = columns + (tl.load(sources[i] + base + at, mask=inside).to(STATE),)  # noqa: RUF005
+        columns = columns + (tl.load(sources[i] + base + at, mask=inside).to(STATE),)
     if BARRIER:
         tl.debug_barrier()
 
@@ -182,7 +185,7 @@ def combine_kernel(
                 quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
                 z0, z1, z2, z3 = _normal4(seed, quad, draw, STATE)
                 z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [BLOCK])
-            columns = columns + (z,)  # noqa: RUF005
+            columns = columns + (z,)
 
     totals = ()
     for r in tl.static_range(R):
@@ -198,7 +201,7 @@ def combine_kernel(
                     total += w * columns[c]
                 else:
                     total += w
-        totals = totals + (total,)  # noqa: RUF005
+        totals = totals + (total,)
     # Only now, so that no load of a weight waits behind a store.
     for r in tl.static_range(R):
         at = other if (SWAPPED >> (T + r)) & 1 else j
