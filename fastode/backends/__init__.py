@@ -7,12 +7,14 @@ import difflib
 import torch
 
 from fastode.backends.base import Backend
+from fastode.backends.native import NativeBackend
 from fastode.backends.torch import TorchBackend
+from fastode.backends.triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {"torch": TorchBackend()}
+BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "torch": TorchBackend(), "triton": TritonBackend()}
 """Executors of lowered updates, best last resort first."""
 
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("torch",), "cuda": ("torch",)}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
 
 
 def choose(name: str, device: torch.device) -> str:

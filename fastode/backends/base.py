@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,14 +22,32 @@ class Buffers:
     net_in: Tensor
 
 
+class Draws(Protocol):
+    """The noise of the current call. ``draws(k)`` is draw k as a tensor in the state's dtype.
+
+    ``seeds``: int64 [B] on the CPU if the noise comes from seeds; a backend may then make draw k itself, as
+    ``fastode.noise.normal(seeds, k + 1, ...)``.
+    """
+
+    seeds: Tensor | None
+
+    def __call__(self, index: int) -> Tensor: ...
+
+
 class Executor(Protocol):
     """Updates bound to one set of buffers. Not shared between threads."""
 
-    def load(self, known: Mapping[Late, Any]) -> None:
-        """Evaluate the tables for the late numbers of this call; a no-op when they have not changed."""
+    reports_finite: bool
+    """Whether ``update`` looks at the network outputs while it reads them; if not, its answer means nothing."""
 
-    def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> None:
-        """Run ``lowered.updates[index]`` in place. ``start`` is the caller's state, ``result`` receives the sample."""
+    def load(self, known: Mapping[Late, Any]) -> None:
+        """Begin a call: evaluate the tables for its late numbers, unless they have not changed."""
+
+    def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
+        """Run ``lowered.updates[index]`` in place. ``start`` is the caller's state, ``result`` receives the sample.
+
+        Where ``reports_finite``: returns False if ``outputs`` hold NaN or infinity.
+        """
 
 
 class Backend(Protocol):
@@ -40,5 +58,5 @@ class Backend(Protocol):
     def missing(self, device: torch.device) -> str | None:
         """Why this backend cannot run on ``device`` here, or None if it can."""
 
-    def bind(self, lowered: Lowered, buffers: Buffers, noise: Callable[[int], Tensor]) -> Executor:
-        """An executor over ``buffers``; ``noise(k)`` is draw k of the current call, for backends that do not make it."""
+    def bind(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> Executor:
+        """An executor over ``buffers``; ``noise`` gives the draws of the current call."""

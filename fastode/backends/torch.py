@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastode.backends.base import Buffers
+from fastode.backends.base import Buffers, Draws
 from fastode.program.lower import Lowered, Source
 from fastode.scalar import Late, evaluate
 
@@ -16,12 +16,16 @@ from fastode.scalar import Late, evaluate
 class TorchExecutor:
     """Evaluates every row of an update before it writes any, since a slot may be both read and written."""
 
-    def __init__(self, lowered: Lowered, buffers: Buffers, noise: Callable[[int], Tensor]) -> None:
+    reports_finite = False
+
+    def __init__(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> None:
         self.lowered, self.buffers, self.noise = lowered, buffers, noise
         self._tables: list[list[list[Any]]] | None = None
+        self._late = bool(lowered.late)
+        self._known: dict[Late, Any] = {}
 
     def load(self, known: Mapping[Late, Any]) -> None:
-        if self._tables is not None and not self.lowered.late:
+        if self._tables is not None and (not self._late or _same(known, self._known)):
             return
         memo: dict[int, Any] = {}
         slots = self.buffers.slots
@@ -35,8 +39,9 @@ class TorchExecutor:
             return value.to(device=slots.device, dtype=slots.dtype)
 
         self._tables = [[[number(c) for c in row] for row in u.entries] for u in self.lowered.updates]
+        self._known = dict(known)
 
-    def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> None:
+    def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
         update = self.lowered.updates[index]
         assert self._tables is not None
         dtype = self.buffers.slots.dtype
@@ -47,6 +52,7 @@ class TorchExecutor:
                 self.buffers.slots[target.index].copy_(row)
             else:
                 (self.buffers.net_in if target.kind == "input" else result).copy_(row)
+        return True
 
     def _source(self, source: Source, start: Tensor, outputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         if source.kind == "slot":
@@ -60,6 +66,12 @@ class TorchExecutor:
         if source.kind == "noise":
             return self.noise(source.index)
         return torch.ones((), device=start.device, dtype=dtype)
+
+
+def _same(known: Mapping[Late, Any], before: Mapping[Late, Any]) -> bool:
+    """Whether both give the same plain numbers; tensors may have been written to since, so they count as new."""
+    plain = all(isinstance(v, float) for v in (*known.values(), *before.values()))
+    return plain and known == before
 
 
 def _weighted_sum(columns: list[Tensor], row: list[Any], like: Tensor) -> Tensor:
@@ -83,5 +95,5 @@ class TorchBackend:
     def missing(self, device: torch.device) -> str | None:
         return None
 
-    def bind(self, lowered: Lowered, buffers: Buffers, noise: Callable[[int], Tensor]) -> TorchExecutor:
+    def bind(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> TorchExecutor:
         return TorchExecutor(lowered, buffers, noise)

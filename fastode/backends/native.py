@@ -1,0 +1,174 @@
+"""Lowered updates by the compiled module ``fastode._native`` (csrc/): one pass over memory for each, on the CPU.
+
+An update costs about 2 us and its memory traffic: one call through pybind11, which finds everything that is known
+beforehand (addresses of the slots, weights, types) already in place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastode.backends.base import Buffers, Draws
+from fastode.backends.torch import TorchExecutor
+from fastode.program.lower import Lowered, Update
+from fastode.scalar import Late
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Element types and their numbers in csrc/combine.h."""
+
+
+class NativeExecutor(TorchExecutor):
+    """Hands every update to the compiled module; what is beyond its limits (more than 8 tensors read or 4 written) is left
+    to the executor in torch, with the same numbers."""
+
+    reports_finite = True
+
+    def __init__(self, module: ModuleType, lowered: Lowered, buffers: Buffers, noise: Draws) -> None:
+        super().__init__(lowered, buffers, noise)
+        slots, net_in = buffers.slots, buffers.net_in
+        self._native = module.Executor(list(net_in.shape), DTYPES[slots.dtype], slots.data_ptr(), _describe(net_in))
+        self._net_dtype = net_in.dtype
+        self._memory = net_in.untyped_storage().data_ptr()
+        fits = slots.is_contiguous() and net_in.ndim <= module.MAX_DIMS
+        self._plans = [_plan(u, module) if fits else None for u in lowered.updates]
+        for update, plan in zip(lowered.updates, self._plans, strict=True):
+            known = () if plan is None else update.sources
+            written = () if plan is None else update.targets
+            self._native.add([(s.kind, s.index) for s in known], [(t.kind, t.index) for t in written])
+
+    def load(self, known: Mapping[Late, Any]) -> None:
+        before = self._tables
+        super().load(known)
+        if self._tables is not before:
+            assert self._tables is not None
+            for index, rows in enumerate(self._tables):
+                if self._plans[index] is not None:
+                    self._native.load(index, *_pack(rows, self.buffers.net_in.shape))
+        # The tensor of seeds is kept, since the module holds its address until the next call.
+        self._seeds = self.noise.seeds
+        self._native.begin(0 if self._seeds is None else self._seeds.data_ptr(), torch.get_num_threads())
+
+    def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
+        plan = self._plans[index]
+        if plan is None:
+            super().update(index, start, outputs, result)
+            return all(bool(torch.isfinite(raw).all()) for raw in outputs)
+        reads, reads_start, draws = plan
+        plain = (not reads_start or start.is_contiguous()) and result.is_contiguous() and len(outputs) == reads <= 1
+        if plain and (self._seeds is not None or not draws):
+            if not reads:
+                return self._native.update(index, start.data_ptr(), result.data_ptr(), 0, 0)
+            raw = outputs[0]
+            if raw.dtype is self._net_dtype and raw.is_cpu and raw.is_contiguous():
+                return self._native.update(index, start.data_ptr(), result.data_ptr(), raw.data_ptr(), 0)
+        return self._update_any(index, start, outputs, result)
+
+    def _update_any(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
+        """Tensors of any type and order, several outputs, and draws that come as tensors."""
+        plan = self._plans[index]
+        assert plan is not None
+        reads, _, draws = plan
+        used, unused = outputs[:reads], outputs[reads:]
+        finite = all(bool(torch.isfinite(raw).all()) for raw in unused)
+        if any(self._foreign(raw) for raw in (*used, start)):
+            super().update(index, start, outputs, result)
+            return finite and all(bool(torch.isfinite(raw).all()) for raw in used)
+        noise = [] if self._seeds is not None else [self.noise(k) for k in draws]
+        given = [_describe(raw) for raw in used]
+        done = self._native.update_any(index, _describe(start), _describe(result), given, [_describe(z) for z in noise])
+        return finite and done
+
+    def _foreign(self, x: Tensor) -> bool:
+        """A tensor that the module cannot read in place: of another device, layout or type, or a rearranged view of the
+        network's input, whose elements would be overwritten before they are read."""
+        if not x.is_cpu or x.layout is not torch.strided or x.dtype not in DTYPES or x.is_neg():
+            return True
+        return not x.is_contiguous() and x.untyped_storage().data_ptr() == self._memory
+
+
+class NativeBackend:
+    """The compiled CPU executor, where it was built."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._module: ModuleType | None = None
+
+    def missing(self, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return "it runs on the CPU"
+        if self._module is None:
+            try:
+                self._module = importlib.import_module("fastode._native")
+            except ImportError as error:
+                return not_built(error)
+        return None
+
+    def bind(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> NativeExecutor:
+        reason = self.missing(buffers.net_in.device)
+        if reason is not None:
+            raise ValueError(f"backend: 'native' cannot run on {buffers.net_in.device}: {reason}")
+        assert self._module is not None
+        return NativeExecutor(self._module, lowered, buffers, noise)
+
+    def normal(self, seeds: Tensor, draw: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """``fastode.noise.normal`` on the CPU, equal to rounding: float32 or float64 [B, *shape] for ``seeds`` int64 [B]."""
+        assert self._module is not None
+        keys = seeds.contiguous()
+        z = torch.empty(len(keys), *shape, dtype=dtype)
+        self._module.normal(
+            keys.data_ptr(), len(keys), draw, z[0].numel(), DTYPES[dtype], z.data_ptr(), torch.get_num_threads()
+        )
+        return z
+
+
+def not_built(error: ImportError) -> str:
+    """Why there is no compiled module, from the report its build left behind."""
+    report = Path(__file__).parents[1] / "_native_build.json"
+    try:
+        reason = json.loads(report.read_text(encoding="utf-8"))["reason"]
+    except (OSError, ValueError, KeyError):
+        reason = None
+    return f"the native module was not built: {reason}" if reason else f"the native module cannot be loaded: {error}"
+
+
+def _plan(update: Update, module: ModuleType) -> tuple[int, bool, tuple[int, ...]] | None:
+    """(number of network outputs read, whether the start is, draws) of an update within the module's limits, else None."""
+    outputs = [s.index for s in update.sources if s.kind == "output"]
+    tensors = [s for s in update.sources if s.kind != "one"]
+    if len(tensors) > module.MAX_INPUTS or len(update.targets) > module.MAX_OUTPUTS or outputs not in ([], [0], [0, 1]):
+        return None
+    draws = tuple(s.index for s in update.sources if s.kind == "noise")
+    return len(outputs), any(s.kind == "start" for s in update.sources), draws
+
+
+def _pack(rows: list[list[Any]], shape: Sequence[int]) -> tuple[list[float], list[int], list[tuple[int, int, list[float]]]]:
+    """Weights [B or 1][rows][columns] in one list, a bit mask per row of the columns it reads, and what is per element."""
+    batch, elements = shape[0], []
+    used = [sum(1 << k for k, c in enumerate(row) if isinstance(c, Tensor) or c != 0) for row in rows]
+    numbers: list[list[Any]] = [[0.0 if isinstance(c, Tensor) else c for c in row] for row in rows]
+    samples = 1
+    for j, row in enumerate(rows):
+        for k, c in enumerate(row):
+            if not isinstance(c, Tensor):
+                continue
+            if c.numel() == 1:
+                numbers[j][k] = float(c)
+            elif c.ndim == len(shape) and c.numel() == c.shape[0] == batch:
+                numbers[j][k], samples = c.flatten().tolist(), batch
+            else:
+                elements.append((j, k, c.detach().expand(shape[1:]).flatten().tolist()))
+    flat = [c[b] if isinstance(c, list) else c for b in range(samples) for row in numbers for c in row]
+    return flat, used, elements
+
+
+def _describe(x: Tensor) -> tuple[int, int, list[int]]:
+    return x.data_ptr(), DTYPES[x.dtype], [] if x.is_contiguous() else list(x.stride())
