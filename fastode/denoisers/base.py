@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -141,15 +142,20 @@ class Denoiser:
                 raise ValueError(
                     f"guidance_scale: {self.name} has no unconditional input; give null_label to Denoiser or uncond=... here"
                 )
-        return replace(condition, class_labels=labels)
+        return condition if labels is condition.class_labels else replace(condition, class_labels=labels)
 
     def _takes(self, name: str) -> bool:
+        return self._parameters is None or name in self._parameters
+
+    @cached_property
+    def _parameters(self) -> frozenset[str] | None:
+        """Names of the arguments that the network takes; None if it takes any."""
         target = self.network.forward if isinstance(self.network, nn.Module) else self.network
         try:
             parameters = inspect.signature(target).parameters
         except (TypeError, ValueError):
-            return True
-        return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            return None
+        return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
 
     def raw(self, net_in: Tensor, c_noise: Tensor, condition: Condition, guidance: Guidance | None = None) -> Sequence[Tensor]:
         """Raw outputs at ``net_in`` [B, *sample] (already scaled by c_in), one per column. ``c_noise``: see class."""
