@@ -18,7 +18,7 @@ from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
 from fastode.noise import check_seeds, normal
 from fastode.program import Program, Stage
 from fastode.program.lower import Call, Lowered, lower
-from fastode.scalar import Late, evaluate
+from fastode.scalar import Late, evaluate, is_known
 
 Callback = Callable[[int, float, Tensor, Tensor], Any]
 NoiseSource = Callable[[int], Tensor] | Sequence[Tensor]
@@ -40,11 +40,15 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class _Workspace:
-    """Memory of one run in flight; borrowed for a call and given back, never shared."""
+    """Memory of one run in flight; borrowed for a call and given back, never shared.
+
+    ``c_noise[i]``: what the network is told in call i, or None where that is known only with the call.
+    """
 
     buffers: Buffers
     executor: Executor
     draws: _Draws
+    c_noise: tuple[Tensor | None, ...]
 
 
 class _Draws:
@@ -223,39 +227,47 @@ class Engine:
         work.draws.source = source
         work.draws.seeds = source.seeds if isinstance(source, _Seeded) else None
         result = torch.empty(self.shape, device=self.device, dtype=self.dtype)
-        net_in = work.buffers.net_in
+        net_in, executor, transforms = work.buffers.net_in, work.executor, denoiser.transforms
+        # An executor that looks at the network outputs while it reads them saves a pass over each: 7 us even for 4 elements.
+        finite_by_update = self.check_finite and getattr(executor, "reports_finite", False)
         memo: dict[int, Any] = {}
+        intact = True
         try:
-            work.executor.load(known)
-            work.executor.update(0, start, (), result)
-            for i, call in enumerate(lowered.calls):
+            executor.load(known)
+            executor.update(0, start, (), result)
+            for i, (call, c_noise) in enumerate(zip(lowered.calls, work.c_noise, strict=True)):
                 on = self.guidance if call.outputs > 1 else None
-                c_noise = denoiser.c_noise(evaluate(call.c_noise, known, memo), net_in)
+                if c_noise is None:
+                    c_noise = denoiser.c_noise(evaluate(call.c_noise, known, memo), net_in)
                 version = net_in._version
                 outputs = denoiser.raw(net_in, c_noise, condition, on)
-                if net_in._version != version:
+                if net_in._version != version or (work.c_noise[i] is not None and c_noise._version):
+                    intact = False
                     raise RuntimeError("network: it changed its input in place; wrap it so that it works on a copy")
-                for raw in outputs:
-                    self._check(call.stage, raw)
-                if denoiser.transforms or watcher.wants(call.stage):
+                looked_at = finite_by_update and not transforms and not watcher.wants(call.stage)
+                if not looked_at:
+                    for raw in outputs:
+                        self._check(call.stage, raw)
+                if transforms or watcher.wants(call.stage):
                     state = self._state(call, work.buffers, known)
                     denoised = denoiser.assemble(state, outputs, call.stage.level, on, known)
                     if watcher.visit(call.stage, state, denoised):
                         return state.clone(), []
-                    if denoiser.transforms:
+                    if transforms:
                         outputs = (denoised,)
                 else:
                     watcher.visit(call.stage, None, None)
-                work.executor.update(i + 1, start, outputs, result)
+                if not executor.update(i + 1, start, outputs, result) and looked_at:
+                    raise self._not_finite(call.stage)
             states = []
             if keep:
                 for value in self.program.states:
-                    at = lowered.states.get(value)
-                    states.append(start.clone() if at is None else work.buffers.slots[at.index].clone())
+                    states.append(work.buffers.slots[lowered.states[value].index].clone())
             return result, states
         finally:
             work.draws.source = None
-            self._free[keep].put(work)
+            if intact:
+                self._free[keep].put(work)
 
     def _state(self, call: Call, buffers: Buffers, known: Mapping[Late, Any]) -> Tensor:
         """The state that ``call`` evaluates, read back for the callback or for an unfolded estimate."""
@@ -271,17 +283,23 @@ class Engine:
             return self._free[watch].get_nowait()
         except queue.Empty:
             lowered = self._lower(watch=watch)
-            slots = torch.empty((lowered.slots, *self.shape), device=self.device, dtype=self.dtype)
-            net_in = torch.empty(self.shape, device=self.device, dtype=self.net_dtype)
+            with torch.inference_mode(False):  # this memory serves later calls too, which may be in another mode
+                slots = torch.empty((lowered.slots, *self.shape), device=self.device, dtype=self.dtype)
+                net_in = torch.empty(self.shape, device=self.device, dtype=self.net_dtype)
+                numbers = [evaluate(call.c_noise, {}) if is_known(call.c_noise) else None for call in lowered.calls]
+                c_noise = tuple(None if n is None else self.denoiser.c_noise(n, net_in) for n in numbers)
             buffers, draws = Buffers(slots, net_in), _Draws()
-            return _Workspace(buffers, BACKENDS[self.backend].bind(lowered, buffers, draws), draws)
+            return _Workspace(buffers, BACKENDS[self.backend].bind(lowered, buffers, draws), draws, c_noise)
 
     def _check(self, stage: Stage, output: Tensor) -> None:
         if self.check_finite and not bool(torch.isfinite(output).all()):
-            raise NonFiniteError(
-                f"network: returned NaN or Inf at stage {stage.index} (step {stage.step}, "
-                f"sigma {float(self.program.sigmas[stage.index]):.6g})"
-            )
+            raise self._not_finite(stage)
+
+    def _not_finite(self, stage: Stage) -> NonFiniteError:
+        return NonFiniteError(
+            f"network: returned NaN or Inf at stage {stage.index} (step {stage.step}, "
+            f"sigma {float(self.program.sigmas[stage.index]):.6g})"
+        )
 
     def _known(self, scale: Any) -> dict[Late, Any]:
         if self.guidance is None:
@@ -301,8 +319,12 @@ class Engine:
         if x is None:
             if seeds is None:
                 raise ValueError("x: give the state at the first level, or seeds")
-            z = normal(seeds, 0, self.shape[1:], dtype=self.dtype, device=self.device)
-            return z * float(self.program.grid[0].sigma)
+            made_by = getattr(BACKENDS.get(self.backend), "normal", None)  # 150 times faster where it is compiled
+            if made_by is not None:
+                z = made_by(seeds, 0, self.shape[1:], self.dtype)
+            else:
+                z = normal(seeds, 0, self.shape[1:], dtype=self.dtype, device=self.device)
+            return z.mul_(float(self.program.grid[0].sigma))
         if not isinstance(x, Tensor):
             raise TypeError(f"x: must be a tensor, got {type(x).__name__}")
         if tuple(x.shape) != self.shape:
@@ -343,20 +365,22 @@ class _Watcher:
     def __init__(self, engine: Engine, callback: Callback | None, progress: bool) -> None:
         self.engine, self.callback, self.calls = engine, callback, 0
         self._last_step = -1
-        self._bar = tqdm(total=engine.nfe, disable=not progress, unit="eval", desc=engine.program.name)
+        self._bar = tqdm(total=engine.nfe, unit="eval", desc=engine.program.name) if progress else None
 
     def __enter__(self) -> _Watcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def wants(self, stage: Stage) -> bool:
         return self.callback is not None and stage.step != self._last_step
 
     def visit(self, stage: Stage, state: Tensor | None, denoised: Tensor | None) -> bool:
         self.calls += 1
-        self._bar.update()
+        if self._bar is not None:
+            self._bar.update()
         if self.callback is None or stage.step == self._last_step:
             return False
         self._last_step = stage.step

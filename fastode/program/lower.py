@@ -125,8 +125,8 @@ def lower(
     reads = _reads(program, forms, live, folded)
     in_slot = {
         value
-        for value, used in reads.items()
-        if value in watch or any(_needs_slot(value, u, program, scalings, exact_input) for u in used)
+        for value in live
+        if value in watch or any(_needs_slot(value, u, program, scalings, exact_input) for u in reads.get(value, ()))
     }
     slot_of: dict[int, int] = {}
     free: list[int] = []

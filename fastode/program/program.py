@@ -183,7 +183,7 @@ class Program:
     def sigmas(self) -> Tensor:
         """EDM-frame noise level of every network call in order, float64 [NFE]; NaN where it is known only in the run."""
         rho = [s.level.rho for s in self.stages]
-        return torch.tensor([math.nan if isinstance(r, Late) else float(r) for r in rho], dtype=torch.float64)
+        return torch.tensor([math.nan if isinstance(r, Late) else _number_of(r) for r in rho], dtype=torch.float64)
 
     @cached_property
     def late(self) -> frozenset[Late]:
@@ -229,14 +229,15 @@ class Program:
         )
 
     def defect(self) -> float:
-        """Largest relative error over all states when the data set is one point, beyond what rounding explains.
+        """Largest relative error over all states and evaluated points when the data set is one point, beyond rounding.
 
         0 for programs with late or per-element numbers, which cannot be judged beforehand.
         """
         if self.late or any(isinstance(c, Tensor) and c.ndim for s in self.stages for r in s.table.entries for c in r):
             return 0.0
+        number = _number_of
         start = self.grid[0]
-        signal, noise = {0: float(start.alpha)}, {0: float(start.sigma)}
+        signal, noise = {0: number(start.alpha)}, {0: number(start.sigma)}
         fresh: dict[int, dict[int, float]] = {0: {}}
         slack = {0: 0.0}  # running bound of rounding errors: a table that cancels 80 against 0.002 is not thereby wrong
         for table in (self.init, *(s.table for s in self.stages)):
@@ -244,7 +245,7 @@ class Program:
                 signal[write] = noise[write] = slack[write] = 0.0
                 fresh[write] = {}
                 for atom, c in form.terms.items():
-                    w = float(c)
+                    w = number(c)
                     if atom.kind == "value":
                         signal[write] += w * signal[atom.index]
                         noise[write] += w * noise[atom.index]
@@ -258,10 +259,12 @@ class Program:
                     elif atom.kind == "noise":
                         fresh[write][atom.index] = fresh[write].get(atom.index, 0.0) + w
         worst = 0.0
-        for level, value in zip(self.grid, self.states, strict=True):
+        evaluated = [(stage.level, stage.net_in) for stage in self.stages]
+        for level, value in [*zip(self.grid, self.states, strict=True), *evaluated]:
             spread = math.hypot(noise[value], *fresh[value].values())
-            size = math.hypot(float(level.alpha), float(level.sigma))
-            error = max(abs(signal[value] - float(level.alpha)), abs(spread - float(level.sigma)))
+            alpha, sigma = number(level.alpha), number(level.sigma)
+            size = math.hypot(alpha, sigma)
+            error = max(abs(signal[value] - alpha), abs(spread - sigma))
             worst = max(worst, (error - slack[value]) / size)
         return worst
 
@@ -381,8 +384,13 @@ class Program:
         )
 
 
+def _number_of(value: Any) -> float:
+    """A known shared number as a float, whether or not it carries a gradient."""
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
 def _number(value: Any) -> str:
-    return show(value) if isinstance(value, Late) else f"{float(value):.6g}"
+    return show(value) if isinstance(value, Late) else f"{_number_of(value):.6g}"
 
 
 def _maybe(value: Any) -> float | None:

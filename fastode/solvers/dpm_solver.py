@@ -72,9 +72,10 @@ def second_order(p: Trace, x: Form, s: Level, t: Level, r: Any, *, data: bool) -
     if is_first_order(s, t):
         return ddim_step(x, d, s, t)
     u = p.grid.between(s, t, r)
-    x_u = ddim_step(x, d, s, u)
-    change = _change(x, d, s, x_u, p.denoise(x_u, u), u, data)
-    return ddim_step(x, d, s, t) + _weight(0, s, t, data) / (2 * r) * change
+    x_u = p.keep(ddim_step(x, d, s, u))
+    weight = _weight(0, s, t, data) / (2 * r)
+    first = p.keep(ddim_step(x, d, s, t) - weight * _predicted(x, d, s, data))  # one buffer instead of x and d
+    return first + weight * _predicted(x_u, p.denoise(x_u, u), u, data)
 
 
 def third_order(p: Trace, x: Form, s: Level, t: Level, r1: float, r2: float, *, data: bool) -> Form:
@@ -83,11 +84,12 @@ def third_order(p: Trace, x: Form, s: Level, t: Level, r1: float, r2: float, *, 
     if is_first_order(s, t):
         return ddim_step(x, d, s, t)
     u, v = p.grid.between(s, t, r1), p.grid.between(s, t, r2)
-    x_u = ddim_step(x, d, s, u)
-    first = p.keep(_change(x, d, s, x_u, p.denoise(x_u, u), u, data))
-    x_v = ddim_step(x, d, s, v) + r2 / r1 * _weight(1, s, v, data) * first
-    second = _change(x, d, s, x_v, p.denoise(x_v, v), v, data)
-    return ddim_step(x, d, s, t) + _weight(1, s, t, data) / r2 * second
+    x_u = p.keep(ddim_step(x, d, s, u))
+    w_v, w_t = r2 / r1 * _weight(1, s, v, data), _weight(1, s, t, data) / r2
+    m = _predicted(x, d, s, data)
+    x_v, x_t = p.keep(ddim_step(x, d, s, v) - w_v * m), p.keep(ddim_step(x, d, s, t) - w_t * m)
+    x_v = p.keep(x_v + w_v * _predicted(x_u, p.denoise(x_u, u), u, data))
+    return x_t + w_t * _predicted(x_v, p.denoise(x_v, v), v, data)
 
 
 def _weight(k: int, s: Level, t: Level, data: bool) -> Any:
@@ -97,9 +99,9 @@ def _weight(k: int, s: Level, t: Level, data: bool) -> Any:
     return scale * exp_moment(k, h, data=data) / h**k
 
 
-def _change(x: Form, d: Form, s: Level, x_u: Form, d_u: Form, u: Level, data: bool) -> Form:
-    """Difference of the predicted quantity between the inner level ``u`` and the step's start."""
-    return d_u - d if data else eps_of(x_u, d_u, u) - eps_of(x, d, s)
+def _predicted(x: Form, d: Form, s: Level, data: bool) -> Form:
+    """The quantity that the method holds constant: the denoised estimate, or the noise."""
+    return d if data else eps_of(x, d, s)
 
 
 def _check_nodes(r1: float, r2: float) -> None:

@@ -19,12 +19,13 @@ def heun(p: Trace) -> Form:
     x = p.start()
     for _, s, t in p.grid.windows():
         d = p.denoise(x, s)
-        euler = ddim_step(x, d, s, t)
+        euler = p.keep(ddim_step(x, d, s, t))
         if is_first_order(s, t):
             x = p.land(euler, t)
             continue
-        slope = (eps_of(x, d, s) + eps_of(euler, p.denoise(euler, t), t)) / 2
-        x = p.land(t.alpha * (x / s.alpha + (t.rho - s.rho) * slope), t)
+        half = (t.rho - s.rho) / 2
+        first = p.keep(x / s.alpha + half * eps_of(x, d, s))  # one buffer instead of x and d
+        x = p.land(t.alpha * (first + half * eps_of(euler, p.denoise(euler, t), t)), t)
     return x
 
 

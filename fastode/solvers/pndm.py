@@ -42,15 +42,15 @@ def transfer(x: Form, e: Form, s: Level, t: Level) -> Form:
 
 
 def _improved_euler(p: Trace, x: Form, e: Form, s: Level, t: Level) -> Form:
-    y = transfer(x, e, s, t)
+    y = p.keep(transfer(x, e, s, t))
     return (e + eps_of(y, p.denoise(y, t), t)) / 2
 
 
 def _runge_kutta(p: Trace, x: Form, e1: Form, s: Level, t: Level) -> Form:
     half = p.grid.at_time(s, t, 0.5)
-    y2 = transfer(x, e1, s, half)
-    e2 = p.keep(eps_of(y2, p.denoise(y2, half), half))
-    y3 = transfer(x, e2, s, half)
-    total = p.keep(e1 + 2 * e2 + 2 * eps_of(y3, (d3 := p.denoise(y3, half)), half))
-    y4 = transfer(x, eps_of(y3, d3, half), s, t)
+    y2 = p.keep(transfer(x, e1, s, half))
+    e2 = eps_of(y2, p.denoise(y2, half), half)
+    y3, total = p.keep(transfer(x, e2, s, half)), p.keep(e1 + 2 * e2)
+    e3 = eps_of(y3, p.denoise(y3, half), half)
+    y4, total = p.keep(transfer(x, e3, s, t)), p.keep(total + 2 * e3)
     return (total + eps_of(y4, p.denoise(y4, t), t)) / 6
