@@ -1,8 +1,8 @@
-"""Every solver against the diffusers scheduler that implements it: same grid, same start, closed-form denoiser.
+"""Every solver against the diffusers scheduler that implements it: same levels, same start, closed-form denoiser.
 
-The float64 runs read ``float32`` as ``float64`` inside the scheduler's module, because most schedulers keep their tables
-(and some their state) in float32; nothing else of them changes. ``pytest tests/test_peers.py -s`` prints each difference;
-docs/peers.md keeps them, with those against peers that cannot be installed.
+The float64 runs read ``float32`` as ``float64`` inside the scheduler's module, because most schedulers keep their
+tables (and some their state) in float32; nothing else of them changes. ``pytest tests/test_peers.py -s -q`` prints
+every difference. docs/peers.md keeps them, together with those against peers that cannot be installed.
 """
 
 import sys
@@ -21,12 +21,22 @@ from torch import Tensor
 import fastode
 from fastode import Denoiser, Grid
 from fastode.denoisers import GaussianMixture
-from fastode.schedules import Discrete, Flow
+from fastode.schedules import EDM, Discrete, Flow, exponential, karras, leading, linspace, time_uniform, trailing
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is an optional extra: pip install 'fastode[diffusers]'")
+diffusers.utils.logging.set_verbosity_error()  # for instance that scale_model_input was not called
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 SHAPE = (4, 3, 2, 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of 48 numbers: waiting for other threads would be most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def mixture() -> GaussianMixture:
@@ -39,7 +49,7 @@ def draw(seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-# --- the peer -----------------------------------------------------------------------------------------------------------
+# --- the peer ---
 
 
 class Double:
@@ -70,103 +80,131 @@ def precision(module: ModuleType, dtype: torch.dtype) -> Iterator[None]:
 def scheduler(name: str, dtype: torch.dtype, steps: int, config: dict[str, Any]) -> Iterator[Any]:
     cls = getattr(diffusers, name)
     with precision(sys.modules[cls.__module__], dtype), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated algorithm types; scale_model_input not called
+        warnings.simplefilter("ignore")  # deprecated algorithm types
         made = cls(**config)
         made.set_timesteps(steps)
         yield made
 
 
-def levels_of_calls(s: Any) -> list[float]:
-    """sigma/alpha of every network call."""
-    if isinstance(s, (diffusers.DDIMScheduler, diffusers.PNDMScheduler)):
-        bar = s.alphas_cumprod.double()[s.timesteps]
-        return ((1 - bar) / bar).sqrt().tolist()
-    sigmas = s.sigmas.double().tolist()
+def kind(s: Any) -> str:
+    """The frame of the peer's state: "vp" (alpha^2 + sigma^2 = 1), "ve" (alpha = 1), or "flow" (alpha + sigma = 1)."""
+    name = type(s).__name__
+    if name.startswith("FlowMatch") or s.config.get("use_flow_sigmas"):
+        return "flow"
+    return "ve" if name.startswith(("Euler", "Heun", "KDPM2", "LMS", "EDM")) else "vp"
+
+
+def discrete(s: Any) -> bool:
+    """DDIM and PNDM step between entries of the table; the others between sigmas."""
+    return isinstance(s, (diffusers.DDIMScheduler, diffusers.PNDMScheduler))
+
+
+def levels(s: Any) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of every network call."""
+    if discrete(s):
+        bar = s.alphas_cumprod[s.timesteps].double()
+        return bar.sqrt(), (1 - bar).sqrt()
+    sigmas = s.sigmas[: len(s.timesteps)].double().clone()
     if isinstance(s, diffusers.KDPM2DiscreteScheduler):
-        between = s.sigmas_interpol.double().tolist()
-        return [between[i] if i % 2 else sigmas[i] for i in range(len(s.timesteps))]
-    if isinstance(s, diffusers.FlowMatchEulerDiscreteScheduler):
-        return [v / (1 - v) if v < 1 else float("inf") for v in sigmas[:-1]]
-    return sigmas[: len(s.timesteps)]
+        sigmas[1::2] = s.sigmas_interpol[: len(s.timesteps)].double()[1::2]
+    return frame(s, sigmas)
 
 
-def alpha_of(s: Any, rho: float) -> float:
-    variance_exploding = ("Euler", "Heun", "KDPM2", "LMS", "EDM")
-    return 1.0 if type(s).__name__.startswith(variance_exploding) else (1 + rho**2) ** -0.5
+def frame(s: Any, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    if kind(s) == "flow":
+        return 1 - sigmas, sigmas
+    alpha = torch.ones_like(sigmas) if kind(s) == "ve" else torch.rsqrt(1 + sigmas**2)
+    return alpha, alpha * sigmas
 
 
-def run_peer(s: Any, x: Tensor, noise: list[Tensor] | None = None, **step: Any) -> Tensor:
+def posterior(x: Tensor, alpha: Any, sigma: Any) -> Tensor:
+    """E[x_0 | x] of one Gaussian, in the state's own frame, so that alpha = 0 is no special case."""
+    mean, v = mixture().means[0].to(x), 0.3
+    return mean + alpha * v / (alpha**2 * v + sigma**2) * (x - alpha * mean)
+
+
+def run_peer(s: Any, x: Tensor, noise: list[Tensor], **step: Any) -> Tensor:
     """The pipeline's loop, with the network in closed form."""
-    data = mixture()
-    for i, (t, rho) in enumerate(zip(s.timesteps, levels_of_calls(s), strict=True)):
-        if isinstance(s, diffusers.FlowMatchEulerDiscreteScheduler):
-            output = flow_network(x, torch.as_tensor(rho / (1 + rho) if rho < float("inf") else 1.0, dtype=x.dtype))
+    data, prediction = mixture(), s.config.get("prediction_type")
+    for i, (t, alpha, sigma) in enumerate(zip(s.timesteps, *(v.tolist() for v in levels(s)), strict=True)):
+        if type(s).__name__.startswith("FlowMatch"):
+            output = (x - posterior(x, alpha, sigma)) / sigma
+        elif prediction == "v_prediction":
+            d = posterior(x, alpha, sigma)
+            output = alpha * (x - alpha * d) / sigma - sigma * d
         else:
-            alpha = alpha_of(s, rho)
-            d = data(x / alpha, rho)
-            if s.config.get("prediction_type") == "sample":
+            d = data(x / alpha, sigma / alpha)
+            if prediction == "sample":
                 output = d
+            elif prediction == "flow_prediction":
+                output = (x - d) / sigma
             elif type(s).__name__.startswith("EDM"):
                 c = s.config.sigma_data
-                output = (d - c**2 / (rho**2 + c**2) * x) * (rho**2 + c**2) ** 0.5 / (rho * c)
+                output = (d - c**2 / (sigma**2 + c**2) * x) * (sigma**2 + c**2) ** 0.5 / (sigma * c)
             else:
-                output = (x - alpha * d) / (alpha * rho)
-        if noise is not None:
-            step["variance_noise"] = noise[i] if i < len(noise) else torch.zeros_like(x)
+                output = (x - alpha * d) / sigma
+        if step.get("eta"):
+            step["variance_noise"] = noise[i]
         x = s.step(output, t, x, **step).prev_sample
     return x
 
 
-def flow_network(x: Tensor, t: Tensor, **_: Any) -> Tensor:
-    """E[n - x_0 | x] for x = (1 - t) x_0 + t n and one Gaussian N(m, v): finite at t = 1."""
-    t = t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else t
-    mean = mixture().means[0].to(x)
-    gain = ((1 - t) * 0.3 - t) / ((1 - t) ** 2 * 0.3 + t**2)
-    return -mean - gain * (x - (1 - t) * mean)
-
-
-# --- ours, on the peer's own levels ---------------------------------------------------------------------------------------
+# --- ours, on the peer's own levels ---
 
 
 def grid_of(s: Any) -> Grid:
-    if isinstance(s, (diffusers.DDIMScheduler, diffusers.PNDMScheduler)):
-        stride = len(s.alphas_cumprod) // s.num_inference_steps
-        labels = np.unique(s.timesteps.numpy())[::-1]
-        if isinstance(s, diffusers.PNDMScheduler) and not s.config.skip_prk_steps:
-            labels = np.flip(np.arange(s.num_inference_steps)) * stride + s.config.steps_offset
-        bar = [*s.alphas_cumprod[labels.copy()].tolist(), float(s.final_alpha_cumprod)]
-        table = Discrete(tuple(s.alphas_cumprod.tolist()))
-        bar_t = torch.unique_consecutive(torch.tensor(bar, dtype=torch.float64))
-        return Grid(sigma=(1 - bar_t).sqrt(), alpha=bar_t.sqrt(), schedule=table)
-    rho = s.sigmas.double()
-    rho = torch.unique_consecutive(rho)  # Heun and KDPM2 list a level per call; some end with an empty step
-    if isinstance(s, diffusers.FlowMatchEulerDiscreteScheduler):
-        return Grid(sigma=rho, alpha=1 - rho, schedule=Flow())
-    alpha = torch.tensor([alpha_of(s, float(r)) for r in rho])
-    return Grid(sigma=rho * alpha, alpha=alpha)
+    if discrete(s):
+        labels = s.timesteps.unique().flip(0)
+        if isinstance(s, diffusers.PNDMScheduler) and not s.config.skip_prk_steps:  # calls at half steps in between
+            labels = torch.arange(s.num_inference_steps).flip(0) * (1000 // s.num_inference_steps)
+        bar = torch.cat([s.alphas_cumprod[labels], torch.as_tensor(s.final_alpha_cumprod).reshape(1)]).double()
+        bar = torch.unique_consecutive(bar)  # an empty last step where label 0 is also the end
+        return Grid(sigma=(1 - bar).sqrt(), alpha=bar.sqrt(), schedule=Discrete(tuple(s.alphas_cumprod.tolist())))
+    # Heun and KDPM2 list a level per call, and some lists end with an empty step.
+    alpha, sigma = frame(s, torch.unique_consecutive(s.sigmas.double()))
+    return Grid(sigma=sigma, alpha=alpha)
+
+
+def denoiser_of(s: Any) -> Any:
+    if type(s).__name__.startswith("FlowMatch"):
+        return Denoiser(lambda x, t: (x - posterior(x, 1 - col(t), col(t))) / col(t), prediction="flow")
+    if s.config.get("prediction_type") != "v_prediction":
+        return mixture()
+    bar = s.alphas_cumprod.double()
+
+    def network(x: Tensor, label: Tensor) -> Tensor:
+        a = bar[label.round().long()].to(x.dtype)
+        alpha, sigma = col(a.sqrt()), col((1 - a).sqrt())
+        d = posterior(x, alpha, sigma)
+        return alpha * (x - alpha * d) / sigma - sigma * d
+
+    return Denoiser(network, prediction="v", schedule=Discrete(tuple(bar.tolist())))
+
+
+def col(t: Tensor) -> Tensor:
+    return t.reshape(-1, 1, 1, 1)
 
 
 def compare(name: str, dtype: torch.dtype, solver: str, options: dict[str, Any], steps: int, **config: Any) -> float:
+    """Largest difference of the final states, relative to the largest value."""
     config = dict(config)
-    every = config.pop("every", 1)  # a block of the peer's levels is one step of ours
+    every = config.pop("every", 1)  # so many levels of the peer are one step of ours
     step = config.pop("step", {})
+    noise = [draw(10 + i, dtype) for i in range(steps)]
     with scheduler(name, dtype, steps, config) as s:
-        grid = grid_of(s)
+        grid, denoiser = grid_of(s), denoiser_of(s)
         x = draw(1, dtype) * float(grid.sigma[0])
-        noise = [draw(10 + i, dtype) for i in range(steps)] if step.get("eta") else None
         theirs = run_peer(s, x, noise, **step)
     if every > 1:
-        last = grid.steps
-        keep = sorted({*range(0, last, every), last})
+        keep = sorted({*range(0, grid.steps, every), grid.steps})
         grid = Grid(sigma=grid.sigma[keep], alpha=grid.alpha[keep])
-    flow = isinstance(s, diffusers.FlowMatchEulerDiscreteScheduler)
-    denoiser = Denoiser(flow_network, prediction="flow") if flow else mixture()
     ours = fastode.sample(denoiser, x, solver=solver, grid=grid, noise=noise, **options)
     assert ours.dtype == theirs.dtype == dtype
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 DPM, UNIPC, DEIS = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"
+FLOW = "FlowMatchEulerDiscreteScheduler"
 SINGLE, PNDM, EDM_DPM = "DPMSolverSinglestepScheduler", "PNDMScheduler", "EDMDPMSolverMultistepScheduler"
 
 
@@ -182,14 +220,16 @@ def cases() -> Iterator[Any]:
     own = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, **sd}
     yield case("ddim-stable-diffusion", "DDIMScheduler", "ddim", {}, 10, **own)
 
+    zero_snr = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "clip_sample": False}
+    yield case("ddim-zero-snr-v", "DDIMScheduler", "ddim", {}, 10, timestep_spacing="trailing", **zero_snr)
+
+    noise_mode = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
     for order in (1, 2, 3):
-        for kind in ("midpoint", "heun"):
-            if order == 2 or kind == "midpoint":
-                o = {"order": order, "solver_type": kind}
-                c = {"solver_order": order, "solver_type": kind}
-                yield case(f"dpm++{order}{kind}", DPM, "dpm_solver_pp", o, 8, **c)
-                noise_mode = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
-                yield case(f"dpm{order}{kind}", DPM, "dpm_solver_pp", {**o, "prediction": "eps"}, 8, **c, **noise_mode)
+        for rule in ("midpoint", "heun")[: 1 if order == 1 else 2]:
+            o = {"order": order, "solver_type": rule}
+            c = {"solver_order": order, "solver_type": rule}
+            yield case(f"dpm++{order}-{rule}", DPM, "dpm_solver_pp", o, 8, **c)
+            yield case(f"dpm{order}-{rule}", DPM, "dpm_solver_pp", {**o, "prediction": "eps"}, 8, **c, **noise_mode)
     long = {"order": 3, "lower_order_final": False}  # the peer lowers the order at the end below 15 steps only
     yield case("dpm++3-20-steps", DPM, "dpm_solver_pp", long, 20, solver_order=3)
     yield case("dpm++3-not-lowered", DPM, "dpm_solver_pp", long, 8, solver_order=3, lower_order_final=False)
@@ -200,6 +240,8 @@ def cases() -> Iterator[Any]:
         "karras": {"use_karras_sigmas": True},
         "exponential": {"use_exponential_sigmas": True},
         "lu": {"use_lu_lambdas": True},
+        "beta": {"use_beta_sigmas": True},
+        "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
         "x0": {"prediction_type": "sample"},
     }
     for label, c in placements.items():
@@ -207,7 +249,6 @@ def cases() -> Iterator[Any]:
 
     block = {"solver_order": 2, "use_exponential_sigmas": True, "every": 2}  # r = 1/2 on a log-SNR grid
     yield case("dpm++2s", SINGLE, "dpm_solver_pp_s", {}, 9, **block)
-    noise_mode = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
     yield case("dpm2s", SINGLE, "dpm_solver_2", {}, 9, **block, **noise_mode)
 
     for order in (1, 2, 3):
@@ -218,7 +259,7 @@ def cases() -> Iterator[Any]:
                 yield case(f"unipc{order}-{variant}-{o['prediction']}", UNIPC, "unipc", o, 8, **c)
     off = {"disable_corrector": list(range(8))}
     yield case("unip3", UNIPC, "unipc", {"order": 3, "corrector": False}, 8, solver_order=3, **off)
-    for label in ("leading", "trailing", "karras", "exponential", "x0"):
+    for label in ("leading", "trailing", "karras", "exponential", "beta", "flow", "x0"):
         yield case(f"unipc3-{label}", UNIPC, "unipc", {"order": 3}, 8, solver_order=3, **placements[label])
 
     for order in (1, 2, 3):
@@ -230,24 +271,89 @@ def cases() -> Iterator[Any]:
             c = {"skip_prk_steps": skip, "set_alpha_to_one": one}
             label = f"{'plms' if skip else 'pndm'}-to-{'zero' if one else 'label-0'}"
             yield case(label, PNDM, "pndm", {"skip_prk_steps": skip}, 10, **c)
-    yield case("plms-stable-diffusion", PNDM, "pndm", {"skip_prk_steps": True}, 10, skip_prk_steps=True, steps_offset=1, **sd)
+    plms = {"skip_prk_steps": True}
+    yield case("plms-stable-diffusion", PNDM, "pndm", plms, 10, steps_offset=1, **plms, **sd)
 
     for name, solver in (("Euler", "ddim"), ("Heun", "heun"), ("KDPM2", "dpm_solver_2"), ("LMS", "lms")):
-        for karras in (False, True):
-            label = f"{name}-{'karras' if karras else 'linspace'}"
-            yield case(label.lower(), f"{name}DiscreteScheduler", solver, {}, 8, use_karras_sigmas=karras)
+        for label, c in (("linspace", {}), ("karras", placements["karras"])):
+            yield case(f"{name.lower()}-{label}", f"{name}DiscreteScheduler", solver, {}, 8, **c)
     yield case("edm-euler", "EDMEulerScheduler", "ddim", {}, 8)
     for order in (1, 2, 3):
         yield case(f"edm-dpm++{order}", EDM_DPM, "dpm_solver_pp", {"order": order}, 8, solver_order=order)
     for shift in (1.0, 3.0):
-        yield case(f"flow-euler-shift{shift:g}", "FlowMatchEulerDiscreteScheduler", "ddim", {}, 8, shift=shift)
+        yield case(f"flow-euler-shift{shift:g}", FLOW, "ddim", {}, 8, shift=shift)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-@pytest.mark.parametrize(("name", "solver", "options", "steps", "config"), cases())
+@pytest.mark.parametrize(("name", "solver", "options", "steps", "config"), list(cases()))
 def test_scheduler(
-    name: str, solver: str, options: dict[str, Any], steps: int, config: dict[str, Any], dtype: torch.dtype
+    name: str,
+    solver: str,
+    options: dict[str, Any],
+    steps: int,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    request: pytest.FixtureRequest,
 ) -> None:
     difference = compare(name, dtype, solver, options, steps, **config)
-    print(f"\n{name:32} {difference:.1e}  ", end="")
+    print(f"\n{name:32} {request.node.callspec.id:28} {difference:.1e}  ", end="")
     assert difference <= TOLERANCE[dtype]
+
+
+# --- grids ---
+
+TABLE = Discrete.linear(interpolation="sigma")
+LABELS = [  # ours; schedulers that place their labels so; their options
+    (linspace, (DPM, UNIPC, DEIS), {}),
+    (lambda t, n: leading(t, n, offset=1), ("DDIMScheduler", PNDM, "EulerDiscreteScheduler"), {"steps_offset": 1}),
+    (trailing, ("DDIMScheduler", PNDM, "EulerDiscreteScheduler", DPM, UNIPC, DEIS), {}),
+]
+
+
+@pytest.mark.parametrize(("ours", "names", "options"), LABELS, ids=["linspace", "leading", "trailing"])
+def test_labels(ours: Any, names: tuple[str, ...], options: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """Also where a label falls on a tie (26, 30, 48): rounded the other way, the grid is another one."""
+    for name in names:
+        for steps in (1, 2, 5, 6, 7, 10, 26, 30, 48, 50, 96, 100):
+            if name == PNDM and steps < 2:
+                continue
+            config = {"timestep_spacing": request.node.callspec.id, **options}
+            if name == PNDM:
+                config["skip_prk_steps"] = True
+            with scheduler(name, torch.float64, steps, config) as s:
+                assert ours(TABLE, steps).t[:-1].tolist() == s.timesteps.unique().flip(0).tolist(), (name, steps)
+
+
+SIGMAS = [
+    (lambda n: linspace(TABLE, n), DPM, {}),
+    (lambda n: linspace(TABLE, n, final="sigma_min"), DPM, {"final_sigmas_type": "sigma_min"}),
+    (lambda n: leading(TABLE, n, final="sigma_min"), DEIS, {"timestep_spacing": "leading"}),
+    (lambda n: trailing(TABLE, n, final="sigma_min"), DEIS, {"timestep_spacing": "trailing"}),
+    (lambda n: karras(TABLE, n, final="zero"), UNIPC, {"use_karras_sigmas": True}),
+    (lambda n: exponential(TABLE, n, final="zero"), DPM, {"use_exponential_sigmas": True}),
+    (lambda n: exponential(TABLE, n, final="zero"), DPM, {"use_lu_lambdas": True}),
+    (lambda n: karras(EDM(), n, final="zero"), "EDMEulerScheduler", {}),
+    (lambda n: exponential(EDM(), n, final="zero"), EDM_DPM, {"sigma_schedule": "exponential"}),
+    (
+        lambda n: time_uniform(Flow(3.0, t_min=3 / 1002), n, final="zero"),
+        FLOW,
+        {"shift": 3.0},
+    ),  # it shifts 1/1000 twice
+]
+
+
+@pytest.mark.parametrize(("ours", "name", "config"), SIGMAS)
+def test_sigmas(ours: Any, name: str, config: dict[str, Any]) -> None:
+    for steps in (2, 5, 8, 20):
+        with scheduler(name, torch.float64, steps, config) as s:
+            sigmas = ours(steps).sigma if kind(s) == "flow" else ours(steps).sigmas
+            torch.testing.assert_close(sigmas, s.sigmas.double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_pipeline_sigmas(shift: float) -> None:
+    """The pipelines of flow models pass linspace(1, 1/n, n), which the scheduler shifts and ends with 0."""
+    for steps in (1, 4, 28):
+        s = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        s.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+        torch.testing.assert_close(time_uniform(Flow(shift), steps).sigma, s.sigmas.double(), rtol=2e-7, atol=0)
