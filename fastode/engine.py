@@ -15,6 +15,7 @@ from fastode.backends import BACKENDS, choose, reference
 from fastode.backends.base import Buffers, Executor
 from fastode.denoisers.base import Condition, Denoiser
 from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
+from fastode.graph import Graphs, Mode
 from fastode.noise import check_seeds, normal
 from fastode.program import Program, Stage
 from fastode.program.lower import Call, Lowered, lower
@@ -93,6 +94,9 @@ class Engine:
         guidance: a :class:`Guidance` (or True) prepares classifier-free guidance; its strength comes with each call.
         check_finite: stop with the stage and sigma named when the network returns NaN or Inf. Default: on CPU only, since
             looking at a number on a GPU makes the host wait.
+        graph: record whole runs as CUDA graphs: "auto" where that pays, True (a run that cannot be recorded is an error),
+            False, or a :class:`Graphs` that several engines share. Runs with a callback, progress or a trajectory are
+            never recorded.
 
     The engine is immutable and safe to share between threads: each call borrows its own buffers. Raises ``ValueError`` or
     ``TypeError`` naming the argument before anything is computed.
@@ -109,6 +113,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         guidance: Guidance | bool | None = None,
         check_finite: bool | None = None,
+        graph: Mode | Graphs = "auto",
     ) -> None:
         if not isinstance(program, Program):
             raise TypeError(f"program: must be a Program such as SOLVERS['ddim'](grid), got {type(program).__name__}")
@@ -124,6 +129,8 @@ class Engine:
         self.guidance = Guidance() if guidance is True else (guidance or None)
         self.check_finite = self.device.type == "cpu" if check_finite is None else bool(check_finite)
         self.net_dtype = self.denoiser.dtype or dtype
+        self.graphs = Graphs.of(graph, self.device, self.backend)
+        self._closed = False
         self._lowered: dict[bool, Lowered] = {}
         self._free: dict[bool, queue.SimpleQueue[_Workspace]] = {False: queue.SimpleQueue(), True: queue.SimpleQueue()}
         for stage in program.stages:  # a level that the prediction cannot handle is an error now, not in the run
@@ -167,6 +174,7 @@ class Engine:
         callback: Callback | None = None,
         progress: bool = False,
         return_trajectory: bool = False,
+        out: Tensor | None = None,
     ) -> Any:
         """Sample from the state ``x`` at the first level, or from ``seeds`` (one whole number per sample).
 
@@ -174,14 +182,23 @@ class Engine:
         generator. ``noise`` replaces that noise: a list of tensors or a function of the draw's number.
         ``callback(step, sigma, state, denoised)`` is called after the first evaluation of every step, with the EDM-frame
         noise level, the state there and its denoised estimate; returning True ends the run, and that state is the result.
+        ``out``: a tensor [B, *sample] in the state's dtype to write the samples to.
         Returns the samples, or a :class:`Result` with ``return_trajectory=True``.
         """
+        if self._closed:
+            raise ValueError("engine: it was closed; build a new one")
+        self._check_out(out)
         condition = Condition(_as_labels(class_labels), dict(cond or {}), uncond)
         condition = self.denoiser.check_condition(self.shape[0], condition, self.guidance)
         known = self._known(guidance_scale)
         seed_tensor = None if seeds is None else check_seeds(seeds, self.shape[0])
         start = self._start(x, seed_tensor)
         source = self._noise_source(noise, seed_tensor)
+        if self.graphs is not None and callback is None and not progress and not return_trajectory:
+            with torch.no_grad():
+                replayed = self.graphs.run(self, start, condition, known, source, out)
+            if replayed is not None:
+                return replayed
         watcher = _Watcher(self, callback, progress)
         with watcher:
             if self.backend == "reference":
@@ -190,9 +207,33 @@ class Engine:
             else:
                 with torch.no_grad():
                     samples, states = self._run_lowered(start, condition, known, source, watcher, return_trajectory)
+        if out is not None:
+            samples = out.copy_(samples.detach())
         if return_trajectory:
             return Result(samples, states, self.program.sigmas[: watcher.calls], watcher.calls)
         return samples
+
+    def warmup(self, **call: Any) -> list[dict[str, Any]]:
+        """Run with the arguments of a call until the graph is recorded that such calls will replay; see :meth:`report`.
+
+        Without ``x`` and ``seeds`` the seeds are 0 .. B - 1.
+        """
+        if "x" not in call and "seeds" not in call:
+            call["seeds"] = range(self.shape[0])
+        for _ in range(2):  # "auto" records a kind of call when it comes for the second time
+            self(**call)
+        return self.report()
+
+    def report(self) -> list[dict[str, Any]]:
+        """One row per kind of call that was recorded, or that goes without a graph and why; see :meth:`Graphs.report`."""
+        return [] if self.graphs is None else self.graphs.report(self)
+
+    def close(self) -> None:
+        """Give all memory back. The engine cannot be used afterwards."""
+        self._closed = True
+        if self.graphs is not None:
+            self.graphs.forget(self)
+        self._free = {False: queue.SimpleQueue(), True: queue.SimpleQueue()}
 
     # -- the two ways to run ---------------------------------------------------------------------------------------------
 
@@ -228,7 +269,7 @@ class Engine:
         work.draws.seeds = source.seeds if isinstance(source, _Seeded) else None
         result = torch.empty(self.shape, device=self.device, dtype=self.dtype)
         net_in, executor, transforms = work.buffers.net_in, work.executor, denoiser.transforms
-        # An executor that looks at the network outputs while it reads them saves a pass over each: 7 us even for 4 elements.
+        # An executor that looks at the network outputs while it reads them saves a pass over each, 7 us for 4 elements.
         finite_by_update = self.check_finite and getattr(executor, "reports_finite", False)
         memo: dict[int, Any] = {}
         intact = True
@@ -315,13 +356,22 @@ class Engine:
             raise ValueError(f"guidance_scale: must be a number or [{self.shape[0]}] numbers, got shape {list(value.shape)}")
         return {GUIDANCE_SCALE: value.reshape(-1, *[1] * (len(self.shape) - 1))}
 
+    def _check_out(self, out: Tensor | None) -> None:
+        if out is None:
+            return
+        if tuple(out.shape) != self.shape or out.dtype != self.dtype or out.device.type != self.device.type:
+            raise ValueError(
+                f"out: must be {self.dtype} {list(self.shape)} on {self.device}, "
+                f"got {out.dtype} {list(out.shape)} on {out.device}"
+            )
+
     def _start(self, x: Tensor | None, seeds: Tensor | None) -> Tensor:
         if x is None:
             if seeds is None:
                 raise ValueError("x: give the state at the first level, or seeds")
             made_by = getattr(BACKENDS.get(self.backend), "normal", None)  # 150 times faster where it is compiled
             if made_by is not None:
-                z = made_by(seeds, 0, self.shape[1:], self.dtype)
+                z = made_by(seeds, 0, self.shape[1:], self.dtype, self.device)
             else:
                 z = normal(seeds, 0, self.shape[1:], dtype=self.dtype, device=self.device)
             return z.mul_(float(self.program.grid[0].sigma))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastode import Denoiser, Engine
+from fastode.backends import BACKENDS
 from fastode.denoisers.guidance import GUIDANCE_SCALE
 from fastode.noise import normal
 from fastode.program import Program
@@ -167,6 +168,12 @@ def test_noise_is_that_of_the_definition(shape):
         seed = torch.tensor(seeds, device=DEVICE)
         kernels.combine([z], [], table, pattern=1, draws=1, seeds=seed)
         assert (z - normal(seeds, 9, shape[1:], device=DEVICE)).abs().max() < 2e-6
+
+
+def test_the_start_is_that_of_the_definition():
+    seeds = torch.tensor([5, 6, 7])
+    z = BACKENDS["triton"].normal(seeds, 0, SHAPE[1:], torch.float32, DEVICE)
+    assert (z - normal(seeds, 0, SHAPE[1:], device=DEVICE)).abs().max() < 2e-6
 
 
 def test_noise_far_into_a_sample():

@@ -26,8 +26,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 
 class NativeExecutor(TorchExecutor):
-    """Hands every update to the compiled module; what is beyond its limits (more than 8 tensors read or 4 written) is left
-    to the executor in torch, with the same numbers."""
+    """Hands every update to the compiled module; what is beyond its limits (more than 8 tensors read or 4 written) is
+    left to the executor in torch, with the same numbers."""
 
     reports_finite = True
 
@@ -119,8 +119,10 @@ class NativeBackend:
         assert self._module is not None
         return NativeExecutor(self._module, lowered, buffers, noise)
 
-    def normal(self, seeds: Tensor, draw: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """``fastode.noise.normal`` on the CPU, equal to rounding: float32 or float64 [B, *shape] for ``seeds`` int64 [B]."""
+    def normal(
+        self, seeds: Tensor, draw: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """``fastode.noise.normal`` on the CPU, equal to rounding: [B, *shape] for ``seeds`` int64 [B]."""
         assert self._module is not None
         keys = seeds.contiguous()
         z = torch.empty(len(keys), *shape, dtype=dtype)
@@ -141,7 +143,7 @@ def not_built(error: ImportError) -> str:
 
 
 def _plan(update: Update, module: ModuleType) -> tuple[int, bool, tuple[int, ...]] | None:
-    """(number of network outputs read, whether the start is, draws) of an update within the module's limits, else None."""
+    """(number of network outputs read, whether the start is, draws) of an update within the limits, else None."""
     outputs = [s.index for s in update.sources if s.kind == "output"]
     tensors = [s for s in update.sources if s.kind != "one"]
     if len(tensors) > module.MAX_INPUTS or len(update.targets) > module.MAX_OUTPUTS or outputs not in ([], [0], [0, 1]):
@@ -150,8 +152,10 @@ def _plan(update: Update, module: ModuleType) -> tuple[int, bool, tuple[int, ...
     return len(outputs), any(s.kind == "start" for s in update.sources), draws
 
 
-def _pack(rows: list[list[Any]], shape: Sequence[int]) -> tuple[list[float], list[int], list[tuple[int, int, list[float]]]]:
-    """Weights [B or 1][rows][columns] in one list, a bit mask per row of the columns it reads, and what is per element."""
+def _pack(
+    rows: list[list[Any]], shape: Sequence[int]
+) -> tuple[list[float], list[int], list[tuple[int, int, list[float]]]]:
+    """Weights [B or 1][rows][columns] in one list, per row a bit mask of its columns, and what is per element."""
     batch, elements = shape[0], []
     used = [sum(1 << k for k, c in enumerate(row) if isinstance(c, Tensor) or c != 0) for row in rows]
     numbers: list[list[Any]] = [[0.0 if isinstance(c, Tensor) else c for c in row] for row in rows]

@@ -24,6 +24,8 @@ class TritonExecutor:
     """
 
     reports_finite = False
+    makes_noise = True
+    """Given seeds, it makes noise itself, from its own copy of them on the device."""
 
     def __init__(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> None:
         from fastode.kernels import combine as kernels
@@ -35,10 +37,11 @@ class TritonExecutor:
         self._last = (self._place(like) or (False, 0))[0]  # sweep in the order in which the slots lie in memory
         self.packing = Packing(lowered, tuple(net_in.shape))
         self._state = slots.dtype
-        self.table = torch.zeros(self.packing.size, device=slots.device, dtype=slots.dtype)
         shape = self.packing.fields_shape
-        self.fields = None if shape is None else self._empty_fields(shape)
-        self.seeds = torch.zeros(net_in.shape[0], device=slots.device, dtype=torch.int64)
+        with torch.inference_mode(False):  # this memory serves later calls too, which may be in another mode
+            self.table = torch.zeros(self.packing.size, device=slots.device, dtype=slots.dtype)
+            self.fields = None if shape is None else self._empty_fields(shape)
+            self.seeds = torch.zeros(net_in.shape[0], device=slots.device, dtype=torch.int64)
         self._made_here = False  # whether the draws of this call are made in the kernel
         self._known: Mapping[Late, Any] | None = None
         self._slots = [slots[i] for i in range(len(slots))]
@@ -130,6 +133,8 @@ class TritonBackend:
     """CUDA devices; with ``TRITON_INTERPRET=1`` set before triton is imported also the CPU, slowly, for tests."""
 
     name = "triton"
+    device_tables = True
+    """Weights are read from device memory, so they may change between replays of a CUDA graph."""
 
     def missing(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -141,6 +146,20 @@ class TritonBackend:
         if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "it is written for compute capability 8.0 and newer"
         return None
+
+    def normal(
+        self, seeds: Tensor, draw: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """``fastode.noise.normal`` on ``device`` in one launch and without a wait, equal to rounding: [B, *shape]."""
+        from fastode.kernels.combine import combine
+
+        z = torch.empty((len(seeds), *shape), device=device, dtype=dtype)
+        keys = torch.empty(len(seeds), device=device, dtype=torch.int64)
+        table = torch.empty(2, device=device, dtype=dtype)
+        _upload(seeds, keys)
+        _upload(torch.tensor([1, draw], dtype=dtype), table)
+        combine([z], [], table, pattern=1, state=dtype, draws=1, seeds=keys)
+        return z
 
     def bind(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> TritonExecutor:
         return TritonExecutor(lowered, buffers, noise)
