@@ -1,15 +1,17 @@
 """How far the update is from the memory's limit, and what a step costs the host: ``python -m benchmarks.roofline``.
 
-Prints one JSON object. ``update``: bytes/s of one step's update (every tensor read and every tensor written counted once)
-against torch's ``copy_`` of a tensor of that shape, with the same threads, measured in turns so that both see the same
-load. ``host``: microseconds per step and per evaluation with a denoiser that costs nothing, for every solver. Medians, and
-the quartiles of the ratio.
+Prints one JSON object. ``update``: bytes/s of one step's update (every tensor read and every tensor written counted
+once) against torch's ``copy_`` with the same threads, measured in turns so that both see the same load: a copy of a
+tensor of that shape (``ratio_same_shape``), and one that moves as many bytes (``ratio_same_bytes``), which finds as
+little of them in the cache. ``host``: microseconds per step and per evaluation with a denoiser that costs nothing, for
+every solver. Medians; ``least`` is the best of all repeats, which other load on the machine disturbs least.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -73,17 +75,22 @@ def alternate(runs: list[Callable[[], Any]], seconds: float) -> list[list[float]
 def bandwidth(shape: tuple[int, ...], solver: str, backend: str, seconds: float, **options: Any) -> dict[str, Any]:
     update, moved = step(solver, shape, backend, **options)
     a, b = torch.randn(shape), torch.empty(shape)
-    took, copy = alternate([update, lambda: b.copy_(a)], seconds)
-    ratios = [(moved / u) / (2 * a.nbytes / c) for u, c in zip(took, copy, strict=True)]
+    many_a, many_b = torch.randn(moved // 8), torch.empty(moved // 8)
+    times = alternate([update, lambda: b.copy_(a), lambda: many_b.copy_(many_a)], seconds)
+    rates = [[n / t for t in run] for n, run in zip((moved, 2 * a.nbytes, moved), times, strict=True)]
+    same_shape, same_bytes = ([u / c for u, c in zip(rates[0], copy, strict=True)] for copy in rates[1:])
     return {
         "solver": solver,
         "shape": list(shape),
         "bytes": moved,
-        "repeats": len(took),
-        "update_gb_per_s": moved / statistics.median(took) / 1e9,
-        "copy_gb_per_s": 2 * a.nbytes / statistics.median(copy) / 1e9,
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "repeats": len(times[0]),
+        "gb_per_s": {
+            k: statistics.median(r) / 1e9 for k, r in zip(("update", "copy", "copy_bytes"), rates, strict=True)
+        },
+        "gb_per_s_best": {k: max(r) / 1e9 for k, r in zip(("update", "copy", "copy_bytes"), rates, strict=True)},
+        "ratio_same_shape": statistics.median(same_shape),
+        "ratio_same_bytes": statistics.median(same_bytes),
+        "ratio_same_bytes_quartiles": statistics.quantiles(same_bytes, n=4)[::2],
     }
 
 
@@ -99,18 +106,30 @@ def host(solver: str, backend: str, steps: int = 20, repeats: int = 30) -> dict[
         began = time.perf_counter()
         engine(x)
         times.append((time.perf_counter() - began) * 1e6)
-    median = statistics.median(times)
-    return {"solver": solver, "us_per_step": median / steps, "us_per_evaluation": median / engine.nfe, "us_least": min(times) / steps}
+    median, least = statistics.median(times), min(times)
+    return {
+        "solver": solver,
+        "us_per_step": median / steps,
+        "us_per_evaluation": median / engine.nfe,
+        "us_per_step_least": least / steps,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="native")
     parser.add_argument("--seconds", type=float, default=3.0, help="per comparison with copy_")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", help="write the result here too")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "machine": {
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0],
+        },
         "torch": torch.__version__,
         "backend": args.backend,
         "update": [

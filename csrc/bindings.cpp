@@ -1,5 +1,5 @@
-// The Python module fastode._native: raw pointers in, nothing else. fastode/backends/native.py is its only caller and checks
-// everything beforehand; what is wrong here all the same raises ValueError.
+// The Python module fastode._native: raw pointers in, nothing else. fastode/backends/native.py is its only caller and
+// checks everything beforehand; what is wrong here all the same raises ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,8 +23,8 @@ using Address = uintptr_t;
 // A tensor as Python describes it: address, number of its DType, strides in elements (none if it is contiguous).
 using Described = std::tuple<Address, int, std::vector<int64_t>>;
 
-// Updates of fewer elements keep the GIL: letting go and taking it back costs about 0.1 us, and under contention a switch
-// to another thread, for work of some 10 us.
+// Updates of fewer elements keep the GIL: letting go and taking it back costs about 0.1 us, and under contention a
+// switch to another thread, for work of some 10 us.
 constexpr int64_t kReleaseGil = 32768;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
@@ -63,8 +63,8 @@ Operand describe(const Described& d, const std::vector<int64_t>& shape) {
     return x;
 }
 
-// The updates of one lowered program over one set of buffers. What is known when it is made (slots, the network's input,
-// dtypes) is filled in then; a call adds the addresses that change, so it allocates nothing.
+// The updates of one lowered program over one set of buffers. What is known when it is made (slots, the network's
+// input, dtypes) is filled in then; a call adds the addresses that change, so it allocates nothing.
 class Executor {
   public:
     Executor(std::vector<int64_t> shape, int state, Address slots, const Described& net_in)
@@ -137,7 +137,8 @@ class Executor {
         for (size_t b = 0; b < samples; ++b)
             for (size_t j = 0; j < rows; ++j)
                 for (size_t k = 0; k < columns; ++k)
-                    bound.numbers[(b * rows + j) * kColumns + size_t(bound.columns[k])] = weights[(b * rows + j) * columns + k];
+                    bound.numbers[(b * rows + j) * kColumns + size_t(bound.columns[k])] =
+                        weights[(b * rows + j) * columns + k];
         for (size_t j = 0; j < rows; ++j) {
             u.used[j] = 0;
             for (size_t k = 0; k < columns; ++k)

@@ -6,8 +6,9 @@
 //         read in[0][b, e] .. in[n_in - 1][b, e]                                  (each once)
 //         out[j][b, e] = sum_k weights[b][j][k] * in[k][b, e] + weights[b][j][kOne]   for every j
 //
-// All inputs of an element are read before any output of it is written, so an output may be the same memory as an input,
-// provided both keep that element at the same address. Sums are made in the state's type, whatever the tensors hold.
+// All inputs of an element are read before any output of it is written, so an output may be the same memory as an
+// input, provided both keep that element at the same address. Sums are made in the state's type, whatever the tensors
+// hold.
 #pragma once
 #include <cstdint>
 
@@ -21,8 +22,9 @@ constexpr int kMaxDims = 6;               // [B, *sample], after neighbouring di
 
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-// One tensor of the state's shape. `dense`: its elements lie in the order of a contiguous [B, *sample]; otherwise `sizes`
-// and `strides` (in elements) say where they are, so a channels_last tensor and a contiguous one may meet in one update.
+// One tensor of the state's shape. `dense`: its elements lie in the order of a contiguous [B, *sample]; otherwise
+// `sizes` and `strides` (in elements) say where they are, so a channels_last tensor and a contiguous one may meet in
+// one update.
 struct Operand {
     void* data = nullptr;
     DType dtype = DType::f32;
@@ -48,8 +50,8 @@ struct Update {
     const void* weights = nullptr;  // [batch or 1][n_out][kColumns]
     int64_t weights_stride = 0;     // from one sample's weights to the next: 0 where they are shared
 
-    // Weights that differ between elements: element[j][k] points to [sample] numbers of the state's type, and the weight
-    // above is ignored. `per_element` tells whether there are any.
+    // Weights that differ between elements: element[j][k] points to [sample] numbers of the state's type, and the
+    // weight above is ignored. `per_element` tells whether there are any.
     int32_t per_element = 0;
     const void* element[kMaxOutputs][kColumns] = {};
 
@@ -62,7 +64,8 @@ bool combine_cpu(const Update& update, int threads);
 // count numbers of draw `draw` for every seed: [batch, count], float or double.
 void normal_cpu(const int64_t* seeds, int64_t batch, uint32_t draw, int64_t count, DType dtype, void* out, int threads);
 
-// The instruction set in use: "avx512", "avx2" or "baseline". Naming one forces it, for tests; false if it is not there.
+// The instruction set in use: "avx512", "avx2" or "baseline". Naming one forces it, for tests; false if it is not
+// there.
 const char* cpu_isa();
 bool set_cpu_isa(const char* name);
 

@@ -73,7 +73,7 @@ inline F16 make<F16>(double x) {
     const uint32_t sign = bits >> 16 & 0x8000;
     if (size > 0x7F800000) return {uint16_t(sign | 0x7E00)};
     if (size >= 0x477FF000) return {uint16_t(sign | 0x7C00)};  // 65520 and more round to infinity
-    if (size < 0x38800000) {  // below 2^-14: the addition rounds to multiples of 2^-24
+    if (size < 0x38800000) {                                   // below 2^-14: the addition rounds to multiples of 2^-24
         const uint32_t sum = same_bits<uint32_t>(same_bits<float>(size) + 0.5f);
         return {uint16_t(sign | (sum - 0x3F000000))};
     }
@@ -104,7 +104,8 @@ inline F16 make<F16>(double x) {
 #undef FASTODE_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -203,7 +204,8 @@ bool combine_cpu(const Update& u, int threads) {
     return finite;
 }
 
-void normal_cpu(const int64_t* seeds, int64_t batch, uint32_t draw, int64_t count, DType dtype, void* out, int threads) {
+void normal_cpu(const int64_t* seeds, int64_t batch, uint32_t draw, int64_t count, DType dtype, void* out,
+                int threads) {
     Update u;
     u.batch = batch;
     u.sample = count;

@@ -27,7 +27,8 @@ constexpr int step(int n_out) {
 // The sums themselves: n elements, a multiple of step(N_OUT). Rows and columns are few and the weights stay in L1, so
 // memory is what the loop waits for; the branches on `used` go the same way in every iteration. Every index of `x` and
 // `sum` must be a constant once the inner loops are unrolled, and nothing may take their address (memcpy does), or they
-// live on the stack: that was 33 instead of 60 GB/s (AVX-512, one thread, 8 MiB each). Stores that go past the cache gained nothing at any size.
+// live on the stack: that was 33 instead of 60 GB/s (AVX-512, one thread, 8 MiB each). Stores that go past the cache
+// gained nothing at any size.
 template <class T, int N_OUT>
 bool rows(const T* const* in, T* const* out, const Update& u, const T* weights, int64_t n) {
     using V = typename Vector<T>::type;
@@ -96,7 +97,8 @@ bool rows_per_element(const T* const* in, T* const* out, const Update& u, const 
     return bad == T(0);
 }
 
-// -- noise ---------------------------------------------------------------------------------------------------------------
+// -- noise
+// ---------------------------------------------------------------------------------------------------------------
 
 // The low halves of 64-bit lanes times a 32-bit constant.
 template <class W>
@@ -167,24 +169,29 @@ void normals(uint64_t seed, uint32_t draw, uint64_t block, T* out) {
                                     z * (1.818357216161805012e-01 +
                                          z * (1.531383769920937332e-01 + z * 1.479819860511658591e-01))))));
             const double e = double(k - 32);
-            const double ln = e * 6.93147180369123816490e-01 - ((half - (s * (half + r) + e * 1.90821492927058770002e-10)) - g);
+            const double ln =
+                e * 6.93147180369123816490e-01 - ((half - (s * (half + r) + e * 1.90821492927058770002e-10)) - g);
             const double radius = std::sqrt(-2.0 * ln);
-            // The angle 2 pi u2 = (q + t) pi/2 with |t| <= 1/2, both exact; sine and cosine of t pi/2, then the quadrant.
+            // The angle 2 pi u2 = (q + t) pi/2 with |t| <= 1/2, both exact; sine and cosine of t pi/2, then the
+            // quadrant.
             const float turns = float(second[l]) * 0x1p-30f;
             const int32_t q = int32_t(turns + 0.5f);
             const double x = (double(turns) - double(q)) * 1.57079632679489661923, x2 = x * x;
-            const double sin_x = x + x * x2 *
-                (-1.66666666666666324348e-01 +
-                 x2 * (8.33333333332248946124e-03 +
-                       x2 * (-1.98412698298579493134e-04 +
-                             x2 * (2.75573137070700676789e-06 +
-                                   x2 * (-2.50507602534068634195e-08 + x2 * 1.58969099521155010221e-10)))));
-            const double cos_x = 1.0 - 0.5 * x2 + x2 * x2 *
-                (4.16666666666666019037e-02 +
-                 x2 * (-1.38888888888741095749e-03 +
-                       x2 * (2.48015872894767294178e-05 +
-                             x2 * (-2.75573143513906633035e-07 +
-                                   x2 * (2.08757232129817482790e-09 + x2 * -1.13596475577881948265e-11)))));
+            const double sin_x =
+                x + x * x2 *
+                        (-1.66666666666666324348e-01 +
+                         x2 * (8.33333333332248946124e-03 +
+                               x2 * (-1.98412698298579493134e-04 +
+                                     x2 * (2.75573137070700676789e-06 +
+                                           x2 * (-2.50507602534068634195e-08 + x2 * 1.58969099521155010221e-10)))));
+            const double cos_x =
+                1.0 - 0.5 * x2 +
+                x2 * x2 *
+                    (4.16666666666666019037e-02 +
+                     x2 * (-1.38888888888741095749e-03 +
+                           x2 * (2.48015872894767294178e-05 +
+                                 x2 * (-2.75573143513906633035e-07 +
+                                       x2 * (2.08757232129817482790e-09 + x2 * -1.13596475577881948265e-11)))));
             const double odd = double(q & 1), even = 1.0 - odd;  // arithmetic, since the loop must have no branch
             const double cos_sign = 1.0 - 2.0 * double(((q + 1) >> 1) & 1), sin_sign = 1.0 - 2.0 * double((q >> 1) & 1);
             cosine[l] = radius * cos_sign * (even * cos_x + odd * sin_x);
@@ -206,7 +213,8 @@ const T* draw(const Update& u, int k, int64_t b, int64_t first, int64_t n, T* bu
     return buffer + shift;
 }
 
-// -- element types and orders ----------------------------------------------------------------------------------------------
+// -- element types and orders
+// ----------------------------------------------------------------------------------------------
 
 template <class T, class S>
 void widen(const void* from, int64_t stride, int64_t n, T* to) {
@@ -298,10 +306,11 @@ FASTODE_INLINE void pieces(const Operand& x, int64_t first, int64_t n, Run run) 
     }
 }
 
-// -- one thread's share ------------------------------------------------------------------------------------------------------
+// -- one thread's share
+// ------------------------------------------------------------------------------------------------------
 
-// Elements begin .. end - 1 of the flattened batch. Tensors of the state's type in contiguous order are used where they lie;
-// everything else, and the few elements that do not fill a step, goes through a block of scratch in L1.
+// Elements begin .. end - 1 of the flattened batch. Tensors of the state's type in contiguous order are used where they
+// lie; everything else, and the few elements that do not fill a step, goes through a block of scratch in L1.
 template <class T>
 bool run(const Update& u, int64_t begin, int64_t end) {
     alignas(64) T scratch_in[kMaxInputs][kBlock + 2 * kPad];
