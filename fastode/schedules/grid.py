@@ -172,8 +172,8 @@ class Grid:
         if isinstance(rho, (float, Tensor)) and self.schedule is not None:
             time = self.schedule.time(rho)
             alpha = self.schedule.alpha(time)
-            keep = isinstance(rho, Tensor)
-            return Level(alpha if keep else float(alpha), alpha * rho if keep else float(alpha) * rho, float(time))
+            alpha = alpha if isinstance(rho, Tensor) else float(alpha)
+            return Level(alpha, alpha * rho, float(time.detach()))
         if isinstance(s.alpha, float) and s.alpha == t.alpha:
             alpha = s.alpha
         else:

@@ -105,7 +105,7 @@ def linspace(schedule: Discrete, steps: int, *, final: Final = "zero") -> Grid:
     """
     table = _discrete(schedule)
     labels = _rounded(numpy.linspace(0, len(table) - 1, _check_steps(steps) + 1)).flip(0)
-    return _from_times(table, labels[:-1] if final == "zero" else labels, final, "linspace")
+    return _from_labels(table, labels[:-1] if final == "zero" else labels, final, "linspace")
 
 
 def leading(schedule: Discrete, steps: int, *, offset: int = 0, final: Final = "zero") -> Grid:
@@ -118,14 +118,17 @@ def leading(schedule: Discrete, steps: int, *, offset: int = 0, final: Final = "
     extra = 1 if final == "sigma_min" and offset == 0 else 0
     stride = len(table) // (_check_steps(steps) + extra)
     labels = torch.arange(steps - 1 + extra, -1, -1, dtype=torch.float64) * stride + offset
-    return _from_times(table, labels if extra else _to_label_0(labels, final), final, "leading")
+    if not 0 <= float(labels[-1]) <= float(labels[0]) < len(table):
+        span = f"{int(labels[0])} .. {int(labels[-1])}"
+        raise ValueError(f"offset: labels of this table are 0 .. {len(table) - 1}, got {span} with offset {offset}")
+    return _from_labels(table, labels if extra else _to_label_0(labels, final), final, "leading")
 
 
 def trailing(schedule: Discrete, steps: int, *, final: Final = "zero") -> Grid:
     """Labels round(T - i T / steps) - 1, i = 0 .. steps-1, diffusers' "trailing"; then label 0 for ``final="sigma_min"``."""
     table = _discrete(schedule)
     labels = _rounded(numpy.arange(len(table), 0, -len(table) / _check_steps(steps))[:steps]) - 1
-    return _from_times(table, _to_label_0(labels, final), final, "trailing")
+    return _from_labels(table, _to_label_0(labels, final), final, "trailing")
 
 
 def beta(schedule: NoiseSchedule, steps: int, *, a: float = 0.6, b: float = 0.6, final: Final = "zero") -> Grid:
@@ -244,6 +247,12 @@ def _on_schedule(schedule: NoiseSchedule, sigmas: Tensor, final: Final, name: st
 def _from_times(schedule: NoiseSchedule, t: Tensor, final: Final, name: str) -> Grid:
     sigma, alpha, t = _finish(schedule, schedule.sigma(t), schedule.alpha(t), t, final)
     return Grid(sigma, alpha, t, schedule, name)
+
+
+def _from_labels(table: Discrete, labels: Tensor, final: Final, name: str) -> Grid:
+    if bool((labels[1:] >= labels[:-1]).any()):
+        raise ValueError(f"steps: {len(labels)} distinct labels are needed, too many for a table of {len(table)} labels")
+    return _from_times(table, labels, final, name)
 
 
 def _finish(schedule: NoiseSchedule, sigma: Tensor, alpha: Tensor, t: Tensor, final: Final) -> tuple[Tensor, Tensor, Tensor]:
