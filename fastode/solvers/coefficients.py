@@ -126,7 +126,7 @@ def time_weights(clock: NoiseSchedule, nodes: Sequence[Any], s: Any, t: Any, rho
     """
     start, end = torch.as_tensor(s, dtype=torch.float64), torch.as_tensor(t, dtype=torch.float64)
     x, w = _gauss_legendre()
-    cuts = _panels(clock, float(start), float(end))
+    cuts = _panels(clock, float(start.detach()), float(end.detach()))
     edges = start + (end - start) * cuts
     half = (edges[1:] - edges[:-1]) / 2
     u = (edges[:-1] + half)[:, None] + half[:, None] * x
