@@ -171,7 +171,7 @@ class Grid:
         """The inner level at noise ``rho`` between ``s`` and ``t``; ``r`` places its signal scale off a schedule."""
         if isinstance(rho, (float, Tensor)) and self.schedule is not None:
             time = self.schedule.time(rho)
-            alpha = self.schedule.alpha(time)
+            alpha: Any = self.schedule.alpha(time)
             alpha = alpha if isinstance(rho, Tensor) else float(alpha)
             return Level(alpha, alpha * rho, float(time.detach()))
         if isinstance(s.alpha, float) and s.alpha == t.alpha:
