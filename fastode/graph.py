@@ -9,12 +9,13 @@ where the caller wants them, so nothing is cloned.
 of a call, and the recordings of a lane share one memory pool, since they never run at the same time. The least recently
 used make room when a budget of bytes is exhausted. Nothing in this file but :class:`CudaRecorder` knows CUDA.
 
-The parameters of the network must stay where they are: a recording reads them at their addresses, so load new weights
-in place, and build a new engine after ``network.to(...)``.
+A recording reads the parameters of the network at their addresses; new weights may be loaded in place, and where
+``network.to(...)`` has moved them the run is recorded anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -73,7 +74,9 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._lock = threading.Lock()  # one capture at a time
+        self._lock = (
+            threading.RLock()
+        )  # one capture at a time, and nobody waits for the device meanwhile: CUDA forbids it
 
     def pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
@@ -87,9 +90,15 @@ class CudaRecorder:
                     body()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads do on the device meanwhile does not spoil the capture.
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                body()
+            try:
+                # thread_local: what other threads do on the device meanwhile does not spoil the capture.
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    body()
+            except BaseException:
+                # Where ending the capture failed, the allocator still counts it as under way and would free nothing.
+                with contextlib.suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                raise
             return graph.replay
 
     def enter(self, mark: Any) -> None:
@@ -100,20 +109,23 @@ class CudaRecorder:
         return torch.cuda.current_stream(self.device).record_event()
 
     def seconds(self, work: Callable[[], None], repeats: int) -> tuple[float, float]:
-        torch.cuda.synchronize(self.device)
-        began = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        host = time.perf_counter() - began
-        torch.cuda.synchronize(self.device)
-        return host / repeats, (time.perf_counter() - began) / repeats
+        with self._lock:
+            torch.cuda.synchronize(self.device)
+            began = time.perf_counter()
+            for _ in range(repeats):
+                work()
+            host = time.perf_counter() - began
+            torch.cuda.synchronize(self.device)
+            return host / repeats, (time.perf_counter() - began) / repeats
 
     def used(self) -> int:
-        torch.cuda.empty_cache()  # as every capture does when it begins; otherwise the difference would mean nothing
-        return torch.cuda.memory_reserved(self.device)
+        with self._lock:
+            torch.cuda.empty_cache()  # as every capture does when it begins; else a difference would mean nothing
+            return torch.cuda.memory_reserved(self.device)
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with self._lock:
+            torch.cuda.synchronize(self.device)
 
 
 @dataclass(eq=False)
@@ -235,6 +247,12 @@ def kind_of(condition: Condition, seeded: bool) -> Key:
     return condition.class_labels is not None, all_of(condition.cond), all_of(condition.uncond), seeded
 
 
+def weights_of(engine: Engine) -> Key:
+    """Where the parameters lie and in which dtype, by the first one; after a move, recordings are made anew."""
+    parameter = engine.denoiser._parameter()
+    return None if parameter is None else (parameter.data_ptr(), parameter.dtype)
+
+
 class Graphs:
     """The recordings of one or more engines; give one object to several engines to let them share memory and budget.
 
@@ -284,14 +302,12 @@ class Graphs:
         known: Mapping[Late, Any],
         source: Any,
         out: Tensor | None,
-        *,
-        now: bool = False,
     ) -> Tensor | None:
-        """The samples, or None if this call goes on without a graph. ``now``: record at the first call already."""
+        """The samples, in ``out`` if it is given, or None if this call goes on without a graph."""
         if start.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # the caller records a graph of his own
         with torch.cuda.device_of(start):
-            return self._run(engine, start, condition, known, source, out, now)
+            return self._run(engine, start, condition, known, source, out)
 
     def _run(
         self,
@@ -301,11 +317,10 @@ class Graphs:
         known: Mapping[Late, Any],
         source: Any,
         out: Tensor | None,
-        now: bool,
     ) -> Tensor | None:
         seeded = getattr(source, "seeds", None) is not None
         try:
-            kind = (self._number(engine), kind_of(condition, seeded))
+            kind = (self._number(engine), kind_of(condition, seeded), weights_of(engine))
         except TypeError as error:
             self._refuse(None, f"a condition that is no tensor cannot be compared ({error})")
             return None
@@ -315,7 +330,7 @@ class Graphs:
             return None
         with self._lock:
             self._seen[kind] = self._seen.get(kind, 0) + 1
-            if self.mode == "auto" and self._seen[kind] < 2 and not now:
+            if self.mode == "auto" and self._seen[kind] < 2:
                 return None
             if self._recorder is None:
                 self._recorder = CudaRecorder(engine.device)
@@ -394,6 +409,7 @@ class Graphs:
         except Exception as error:
             where = "while its memory was set up" if run is None else f"at {stage_name(engine, run.call)}"
             message = f"recording failed {where}: {type(error).__name__}: {error}"
+            lane.pool = recorder.pool()  # a failed capture may have left the old one unusable
             if self.mode is True:
                 self._refused[key[1]] = message
                 raise GraphError(f"graph: {message}") from error

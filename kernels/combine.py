@@ -333,15 +333,11 @@ def combine(
 
 
 def pick_warps(batch: int, n: int) -> int:
-    """Warps per program: few for small states, so that they spread over the multiprocessors; no idle threads in short
-    samples. A file written by ``python -m fastode.kernels.tune`` takes precedence."""
-    tuned = _tuned().get((batch * n).bit_length())
-    if tuned is not None:
-        return tuned
-    per_sample = max(1, -(-n // (32 * LANES)))
-    if per_sample < 4:
-        return 1 << (per_sample - 1).bit_length()
-    return 1 if batch * n <= 2**16 else 4
+    """Warps per program: few for small states, so that they spread over the multiprocessors, or what
+    ``python -m fastode.kernels.tune`` found; and no idle warps in short samples."""
+    wanted = _tuned().get((batch * n).bit_length(), 1 if batch * n <= 2**16 else 4)
+    useful = max(1, -(-n // (32 * LANES)))
+    return min(wanted, 1 << (useful - 1).bit_length())
 
 
 @cache

@@ -263,6 +263,17 @@ def test_budget():
         tiny(seeds=range(4))
 
 
+def test_a_network_that_was_moved_is_recorded_anew():
+    recorder = Replayer()
+    recorded, plain = pair(SOLVERS["ddim"](karras(EDM(), 3)), Graphs(True, recorder=recorder))
+    recorded.warmup()
+    with torch.no_grad():
+        recorded.denoiser.network.weight.fill_(0.2)  # in place: the recording reads it
+    assert torch.equal(recorded(seeds=[1, 2, 3]), plain(seeds=[1, 2, 3])) and recorder.recorded == 1
+    recorded.denoiser.network.weight.data = torch.tensor(0.4)
+    assert torch.equal(recorded(seeds=[1, 2, 3]), plain(seeds=[1, 2, 3])) and recorder.recorded == 2
+
+
 def test_closed():
     recorded, plain = pair(SOLVERS["ddim"](karras(EDM(), 3)), Graphs(True, recorder=Replayer()))
     recorded.warmup()

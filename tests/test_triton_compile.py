@@ -14,9 +14,11 @@ import tempfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -26,7 +28,14 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+import fastode.kernels.combine as kernels  # noqa: E402
+from fastode import SOLVERS, Denoiser, Guidance  # noqa: E402
+from fastode.backends.base import Buffers  # noqa: E402
+from fastode.backends.triton import TritonExecutor  # noqa: E402
+from fastode.denoisers.guidance import GUIDANCE_SCALE  # noqa: E402
 from fastode.kernels.combine import LANES, combine_kernel  # noqa: E402
+from fastode.program.lower import lower  # noqa: E402
+from tests.conftest import make_grid  # noqa: E402
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "triton_compile.json"
 
@@ -43,7 +52,9 @@ class Case(NamedTuple):
 
 
 F, H, B = "fp32", "fp16", "bf16"
+ONES = ("blocks", "minor", "stride", "n", "major", "field_size")
 CASES: dict[str, Case] = {
+    "start from seeds": Case((), (F,), {"NOISE": 1}),
     "first input": Case((F,), (F,)),
     "ddim": Case((F, F), (F,)),
     "ddim bf16": Case((F, B), (F, B)),
@@ -69,6 +80,9 @@ CASES: dict[str, Case] = {
 OTHERS: dict[str, Case] = {
     "mixed formats": Case((F, B), (F, B), {"SWAPPED": 10, "BARRIER": True}),
     "odd size": Case((F, F, B), (F, B), {"BARRIER": True}, aligned=False),
+    # Triton compiles integers that are 1 as constants.
+    "one element": Case((F, B), (F, B), {"NOISE": 1, "BARRIER": True} | dict.fromkeys(ONES, 1), aligned=False),
+    "one pixel": Case((F, B), (F, B), {"SWAPPED": 2, "GATHER": True, "NOISE": 1} | dict.fromkeys(ONES[:3], 1)),
 }
 """Correct, but not in 128-bit accesses."""
 
@@ -167,6 +181,82 @@ def test_recorded() -> None:
     kernels = json.loads(RESULTS.read_text())["kernels"]
     assert set(kernels) == {f"{name} sm_{arch}" for name in {**CASES, **OTHERS} for arch in (80, 90)}
     assert all(k["spill_stores"] == 0 for k in kernels.values())
+
+
+class NoDevice:
+    """A driver that is enough to compile what a launch would run on an sm_90 device, with tensors on the CPU."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
+    """(programs, compiled kernel) of every launch; all is as on a device but for the launch itself."""
+    made: list[tuple[int, Any]] = []
+
+    class Compiling:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def compile_only(*args: Any, **kwargs: Any) -> None:
+                made.append((grid[0], combine_kernel.warmup(*args, grid=grid, **kwargs)))
+
+            return compile_only
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
+    monkeypatch.setattr(kernels, "combine_kernel", Compiling())
+    return made
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver_pp", "unipc"])
+def test_one_launch_per_update_and_all_are_wide(name: str, launches: list[tuple[int, Any]]) -> None:
+    """The executor of a guided bfloat16 network: halves of one output as two columns, a strength per sample."""
+    denoiser = Denoiser(lambda x, c: x, num_classes=2, null_label=1)
+    lowered = lower(
+        SOLVERS[name](make_grid("edm", 3)),
+        denoiser.scaling,
+        lambda at: denoiser.columns(at, Guidance()),
+        exact_input=False,
+    )
+    shape = (2, 4, 16, 16)
+    slots, net_in = torch.zeros((lowered.slots, *shape)), torch.zeros(shape, dtype=torch.bfloat16)
+    executor = TritonExecutor(lowered, Buffers(slots, net_in), SimpleNamespace(seeds=None))
+    executor.load({GUIDANCE_SCALE: 2.0})
+    halves = torch.zeros((4, *shape[1:]), dtype=torch.bfloat16).chunk(2)
+    for i in range(len(lowered.updates)):
+        executor.update(i, torch.zeros(shape), halves, torch.zeros(shape))
+    assert len(launches) == len(lowered.updates) == 4
+    for update, (_, kernel) in zip(lowered.updates, launches, strict=True):
+        accesses = Counter(re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"]))
+        assert accesses["ld.global.v4.b32"] == sum(s.kind in ("slot", "start") for s in update.sources)
+        assert accesses["ld.global.v2.b32"] == sum(s.kind in ("input", "output") for s in update.sources)
+        assert accesses["st.global.v4.b32"] == sum(t.kind != "input" for t in update.targets)
+        assert accesses["st.global.v2.b32"] == sum(t.kind == "input" for t in update.targets)
+
+
+def test_beyond_two_to_the_31(launches: list[tuple[int, Any]]) -> None:
+    """Offsets are 64-bit from 2^31 elements on, and accesses stay wide."""
+    small, large = torch.empty((2, 2**20), device="meta"), torch.empty((3, 2**30), device="meta")
+    for x in (small, large):
+        kernels.combine([x], [x], torch.ones(1), pattern=1)
+    (_, narrow), (programs, wide) = launches
+    assert programs == 3 * 2**30 // (4 * 32 * LANES)
+    assert "xi64>" in wide.asm["ttir"] and "xi64>" not in narrow.asm["ttir"]  # tensors of offsets
+    assert "ld.global.v4.b32" in wide.asm["ptx"] and "st.global.v4.b32" in wide.asm["ptx"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 3, 5), (2, 1, 8, 8), (2, 4, 1, 1)])
+def test_sizes_that_are_constants_compile(shape: tuple[int, ...], launches: list[tuple[int, Any]]) -> None:
+    x, seeds = torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64)
+    kernels.combine([x], [x], torch.ones(1), pattern=1)
+    kernels.combine([x], [x], torch.ones(3), pattern=3, draws=1, seeds=seeds)
+    kernels.combine([x], [], torch.ones(2), pattern=1, draws=1, seeds=seeds)
+    assert len(launches) == 3
 
 
 if __name__ == "__main__":
