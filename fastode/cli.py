@@ -92,6 +92,7 @@ def _train_arguments(t: argparse.ArgumentParser) -> None:
     t.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long, if sooner")
     t.add_argument("--batch", type=int, default=64)
     t.add_argument("--lr", type=float, default=1e-3)
+    t.add_argument("--cooldown", type=int, default=0, help="steps at the end over which the rate falls to zero")
     t.add_argument("--flip", action="store_true", help="mirror images at random")
     t.add_argument("--no-bf16", action="store_true")
     t.add_argument("--seed", type=int, default=0)
@@ -205,7 +206,14 @@ def _train(a: argparse.Namespace) -> None:
         patch=a.patch,
     )
     settings = TrainSettings(
-        images=a.images, minutes=a.minutes, batch=a.batch, lr=a.lr, flip=a.flip, bf16=not a.no_bf16, seed=a.seed
+        images=a.images,
+        minutes=a.minutes,
+        batch=a.batch,
+        lr=a.lr,
+        cooldown=a.cooldown,
+        flip=a.flip,
+        bf16=not a.no_bf16,
+        seed=a.seed,
     )
     out = Path(a.out)
     card = {"name": a.name or out.name, "data": f"{Path(a.data).name}, {len(images)} images", "classes": images.classes}

@@ -6,7 +6,8 @@ The loss of equation 8 with the paper's settings: for an image y, ln sigma ~ N(P
 
 Weights are averaged with the power function of Karras et al. 2023 (arXiv:2312.02696): after step k the average keeps a
 fraction (1 - 1/k)^(gamma + 1) of itself, so its length is a fixed share of the run, and a run may be stopped and
-sampled from at any time. The learning rate falls as 1/sqrt(k) after ``lr_reference`` steps for the same reason.
+sampled from at any time. The learning rate falls as 1/sqrt(k) after ``lr_reference`` steps for the same reason; the last
+``cooldown`` steps of a run of known length also take it linearly to zero.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class TrainSettings:
     lr: float = 1e-3
     lr_reference: int = 3000
     warmup: int = 200
+    cooldown: int = 0
     label_dropout: float = 0.1
     ema_gamma: float = 6.94
     p_mean: float = -1.2
@@ -103,6 +105,8 @@ class Run:
             y = torch.where(flips, y.flip(3), y)
         self.step += 1
         rate = s.lr * min(self.step / max(s.warmup, 1), 1.0) / math.sqrt(max(self.step / s.lr_reference, 1.0))
+        if s.cooldown:
+            rate *= min(1.0, max(math.ceil(s.images / s.batch) - self.step + 1, 0) / s.cooldown)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         value = loss(self.network, y, labels, s, self.draws)
@@ -135,12 +139,14 @@ class Run:
 
     @classmethod
     def resume(cls, folder: Path, settings: TrainSettings, device: torch.device) -> Run:
-        """Continue the run in ``folder``. Its length may change; anything else that differs is an error."""
+        """Continue the run in ``folder``. Its length and cooldown may change; anything else that differs is an error."""
         card = json.loads((folder / "checkpoint.json").read_text())
         stored = TrainSettings(**card["settings"])
-        free = {"images": settings.images, "minutes": settings.minutes, "checkpoint_minutes": settings.checkpoint_minutes}
+        free = {name: getattr(settings, name) for name in ("images", "minutes", "cooldown", "checkpoint_minutes")}
         if replace(stored, **free) != settings:
-            raise ValueError(f"settings: {folder} was started with {stored}; only images and minutes may change on resume")
+            raise ValueError(
+                f"settings: {folder} was started with {stored}; only {', '.join(free)} may change on resume"
+            )
         run = cls(UNetConfig(**card["config"]), settings, device)
         tensors = load_file(folder / "checkpoint.safetensors")
         for prefix, module in (("network.", run.network), ("average.", run.average)):
