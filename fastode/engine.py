@@ -188,6 +188,8 @@ class Engine:
         if self._closed:
             raise ValueError("engine: it was closed; build a new one")
         self._check_out(out)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: must take (step, sigma, state, denoised), got {type(callback).__name__}")
         condition = Condition(_as_labels(class_labels), dict(cond or {}), uncond)
         condition = self.denoiser.check_condition(self.shape[0], condition, self.guidance)
         known = self._known(guidance_scale)
@@ -247,9 +249,10 @@ class Engine:
         keep: bool,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         def denoise(x: Tensor, stage: Stage, late: Mapping[Late, Any]) -> Tensor:
-            denoised = self.denoiser.denoise(x, stage.level, condition, guidance=self.guidance, known=late)
-            self._check(stage, denoised)
-            return denoised
+            def check(raw: Tensor) -> None:
+                self._check(stage, raw)
+
+            return self.denoiser.denoise(x, stage.level, condition, guidance=self.guidance, known=late, check=check)
 
         visit = watcher.visit
         return reference.run(self.program, denoise, start, noise=source, known=known, visit=visit, keep=keep)
@@ -345,7 +348,9 @@ class Engine:
     def _known(self, scale: Any) -> dict[Late, Any]:
         if self.guidance is None:
             if scale is not None:
-                raise ValueError("guidance_scale: this engine was built without guidance; give Engine(..., guidance=True)")
+                raise ValueError(
+                    "guidance_scale: this engine was built without guidance; give Engine(..., guidance=True)"
+                )
             return {}
         if scale is None:
             raise ValueError("guidance_scale: this engine is guided and needs a strength (a number, or one per sample)")
@@ -353,7 +358,9 @@ class Engine:
         if value.ndim == 0:
             return {GUIDANCE_SCALE: float(value) if not value.requires_grad else value}
         if value.shape != self.shape[:1]:
-            raise ValueError(f"guidance_scale: must be a number or [{self.shape[0]}] numbers, got shape {list(value.shape)}")
+            raise ValueError(
+                f"guidance_scale: must be a number or [{self.shape[0]}] numbers, got shape {list(value.shape)}"
+            )
         return {GUIDANCE_SCALE: value.reshape(-1, *[1] * (len(self.shape) - 1))}
 
     def _check_out(self, out: Tensor | None) -> None:
@@ -388,6 +395,10 @@ class Engine:
     def _noise_source(self, noise: NoiseSource | None, seeds: Tensor | None) -> Callable[[int], Tensor] | None:
         count = self.program.draws
         if noise is not None and not callable(noise):
+            if not isinstance(noise, (Sequence, Tensor)):
+                raise TypeError(
+                    f"noise: must be a list of tensors or a function of the draw's number, got {type(noise).__name__}"
+                )
             tensors = list(noise)
             if len(tensors) < count:
                 raise ValueError(f"noise: this program makes {count} draws, got {len(tensors)}")
@@ -397,6 +408,8 @@ class Engine:
 
             def checked(k: int) -> Tensor:
                 z = given(k)
+                if not isinstance(z, Tensor):
+                    raise TypeError(f"noise: draw {k} must be a tensor, got {type(z).__name__}")
                 if tuple(z.shape) != self.shape:
                     raise ValueError(f"noise: draw {k} must have shape {list(self.shape)}, got {list(z.shape)}")
                 return z.to(device=self.device, dtype=self.dtype)
@@ -444,7 +457,9 @@ def _check_shape(shape: Sequence[int], denoiser: Denoiser) -> tuple[int, ...]:
     if len(sizes) < 2 or any(n < 1 for n in sizes):
         raise ValueError(f"shape: must be (B, *sample) with positive sizes, got {list(shape)}")
     if denoiser.sample_shape is not None and sizes[1:] != tuple(denoiser.sample_shape):
-        raise ValueError(f"shape: {denoiser.name} makes samples of shape {list(denoiser.sample_shape)}, got {list(sizes[1:])}")
+        raise ValueError(
+            f"shape: {denoiser.name} makes samples of shape {list(denoiser.sample_shape)}, got {list(sizes[1:])}"
+        )
     return sizes
 
 

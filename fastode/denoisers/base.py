@@ -70,7 +70,9 @@ class Denoiser:
             raise ValueError(f"sigma_data: must be positive, got {self.sigma_data}")
         if self.schedule is None:
             default: NoiseSchedule
-            default = Flow() if self.prediction == "flow" else EDM() if self.prediction in ("edm", "denoised") else VPLinear()
+            default = (
+                Flow() if self.prediction == "flow" else EDM() if self.prediction in ("edm", "denoised") else VPLinear()
+            )
             object.__setattr__(self, "schedule", default)
         if self.prediction == "flow" and not isinstance(self.schedule, Flow):
             raise ValueError(f"schedule: flow prediction needs a Flow schedule, got {type(self.schedule).__name__}")
@@ -135,6 +137,9 @@ class Denoiser:
                 if wrong.numel():
                     raise ValueError(f"class_labels: must be in 0 .. {top}, got {int(wrong[0])}")
             labels = labels.to(device=self.device, dtype=torch.int64)
+        for name in condition.cond:
+            if not self._takes(name):
+                raise ValueError(f"cond: {self.name} takes no argument {name!r}")
         if guidance is not None:
             if labels is None and not condition.cond:
                 raise ValueError("guidance_scale: guidance needs a condition (class_labels or cond=...)")
@@ -142,6 +147,7 @@ class Denoiser:
                 raise ValueError(
                     f"guidance_scale: {self.name} has no unconditional input; give null_label to Denoiser or uncond=... here"
                 )
+            _check_uncond(condition, batch, guidance.batched)
         return condition if labels is condition.class_labels else replace(condition, class_labels=labels)
 
     def _takes(self, name: str) -> bool:
@@ -157,7 +163,9 @@ class Denoiser:
             return None
         return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
 
-    def raw(self, net_in: Tensor, c_noise: Tensor, condition: Condition, guidance: Guidance | None = None) -> Sequence[Tensor]:
+    def raw(
+        self, net_in: Tensor, c_noise: Tensor, condition: Condition, guidance: Guidance | None = None
+    ) -> Sequence[Tensor]:
         """Raw outputs at ``net_in`` [B, *sample] (already scaled by c_in), one per column. ``c_noise``: see class."""
         if guidance is None:
             return (self._call(net_in, c_noise, condition.class_labels, condition.cond),)
@@ -180,12 +188,16 @@ class Denoiser:
     def _call(self, net_in: Tensor, c_noise: Tensor, labels: Tensor | None, cond: Mapping[str, Any]) -> Tensor:
         kwargs = dict(cond) if labels is None else {"class_labels": labels, **cond}
         raw = self.network(net_in, c_noise, **kwargs)
-        if isinstance(raw, (tuple, list)):
+        if isinstance(raw, (tuple, list)) and raw:
             raw = raw[0]
         if not isinstance(raw, Tensor):
             raise TypeError(f"network: must return a tensor, got {type(raw).__name__}")
         if raw.shape != net_in.shape:
             raise ValueError(f"network: returned shape {list(raw.shape)} for an input of shape {list(net_in.shape)}")
+        if not raw.dtype.is_floating_point:
+            raise TypeError(f"network: must return floating point, got {raw.dtype}")
+        if raw.device != net_in.device:
+            raise ValueError(f"network: returned a tensor on {raw.device} for an input on {net_in.device}")
         return raw
 
     def c_noise(self, value: Any, net_in: Tensor) -> Tensor:
@@ -203,14 +215,21 @@ class Denoiser:
         *,
         guidance: Guidance | None = None,
         known: Mapping[Any, Any] | None = None,
+        check: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """D at state ``x`` [B, *sample] of ``level``, unfolded; the definition that lowered programs are tested against."""
+        """D at state ``x`` [B, *sample] of ``level``, unfolded; the definition that lowered programs are tested against.
+
+        ``check`` is shown every raw output of the network before anything is made of it.
+        """
         on = guidance if guidance is not None and guidance.active(level) else None
         memo: dict[int, Any] = {}
         s = self.scaling(level)
         net_in = _weigh(evaluate(s.c_in, known or {}, memo), x).to(self.dtype or x.dtype)
+        net_in = net_in.clone() if net_in is x else net_in  # the network's own copy, whatever it does to it
         c_noise = self.c_noise(evaluate(s.c_noise, known or {}, memo), net_in)
         outputs = self.raw(net_in, c_noise, condition or Condition(), on)
+        for raw in outputs if check is not None else ():
+            check(raw)
         return self.assemble(x, outputs, level, on, known)
 
     def assemble(
@@ -250,7 +269,29 @@ def _plain_one(c: Any) -> bool:
     return isinstance(c, (int, float)) and c == 1
 
 
+def _per_sample(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
+
+
 def _join(uncond: Any, cond: Any, batch: int) -> Any:
-    if isinstance(cond, Tensor) and cond.ndim and cond.shape[0] == batch:
-        return torch.cat([torch.as_tensor(uncond).to(cond), cond])
-    return cond
+    return torch.cat([uncond.to(cond), cond]) if _per_sample(cond, batch) else cond
+
+
+def _check_uncond(condition: Condition, batch: int, batched: bool) -> None:
+    uncond = condition.uncond or {}
+    unknown = sorted(set(uncond) - set(condition.cond) - {"class_labels"})
+    if unknown:
+        raise ValueError(f"uncond: {unknown[0]!r} replaces nothing; cond has {sorted(condition.cond) or 'no entries'}")
+    for name, value in uncond.items() if batched else ():
+        given = condition.class_labels if name == "class_labels" else condition.cond[name]
+        if _per_sample(given, batch):
+            if not isinstance(value, Tensor) or value.shape != given.shape:
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"uncond: {name!r} must be a tensor of shape {list(given.shape)} like cond's, got {got}"
+                )
+        elif value is not given and (isinstance(value, Tensor) or isinstance(given, Tensor) or value != given):
+            raise ValueError(
+                f"uncond: {name!r} is not per sample ([{batch}, ...]), so both halves of one batched call would share it; "
+                "use Guidance(batched=False)"
+            )

@@ -19,6 +19,10 @@ class Clip:
     low: float = -1.0
     high: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"low, high: need low < high, got {self.low} and {self.high}")
+
     def __call__(self, denoised: Tensor) -> Tensor:
         return denoised.clamp(self.low, self.high)
 
@@ -36,6 +40,8 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         if not 0 < self.quantile <= 1:
             raise ValueError(f"quantile: must be in (0, 1], got {self.quantile}")
+        if not self.floor > 0:
+            raise ValueError(f"floor: must be positive, got {self.floor}")
 
     def __call__(self, denoised: Tensor) -> Tensor:
         flat = denoised.flatten(1).abs()
