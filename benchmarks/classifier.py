@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 16, 32, 64)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in widths[1:])
         self.hidden = nn.Linear(64 * 4 * 4, 128)
         self.output = nn.Linear(128, 10)

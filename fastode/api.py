@@ -126,7 +126,7 @@ def grid_maker(solver: Solver, schedule: NoiseSchedule, name: str | None = None,
 
 
 def _differentiable(backend: str, x: Tensor | None, grid: Grid, scale: Any) -> str:
-    """"auto" means the reference backend where a gradient is asked for: it is the differentiable one."""
+    """ "auto" means the reference backend where a gradient is asked for: it is the differentiable one."""
     wanted = (x is not None and x.requires_grad) or grid.sigma.requires_grad or grid.alpha.requires_grad
     wanted = wanted or (isinstance(scale, Tensor) and scale.requires_grad)
     return "reference" if backend == "auto" and wanted and torch.is_grad_enabled() else backend

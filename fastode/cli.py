@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("sample", help="draw samples from a model")
     _model_arguments(p)
     p.add_argument("--seeds", default="0-79", help="seeds, one per sample: 0-79, or 1,5,9 (default %(default)s)")
-    p.add_argument("--labels", default=None, help="class per sample, repeated in turn: 3, 0-9, 1,4,7 (default: all in turn)")
+    p.add_argument(
+        "--labels", default=None, help="class per sample, repeated in turn: 3, 0-9, 1,4,7 (default: all in turn)"
+    )
     p.add_argument("--guidance", type=float, default=None, help="classifier-free guidance strength")
     p.add_argument("--batch", type=int, default=256, help="samples at a time (default %(default)s)")
     p.add_argument("--out", default="out/samples.png", help="a .png grid, an .npz, or a folder (default %(default)s)")
@@ -70,7 +72,9 @@ def _solver_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--nfe", type=int, default=None, help="exactly this many evaluations (default 5)")
     p.add_argument("--steps", type=int, default=None, help="this many steps, whatever they cost")
     p.add_argument("--grid", default=None, help="placement of the levels (default: the solver's usual one)")
-    p.add_argument("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="a solver option: order=3, afs=true")
+    p.add_argument(
+        "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="a solver option: order=3, afs=true"
+    )
 
 
 def _model_arguments(p: argparse.ArgumentParser) -> None:
@@ -78,7 +82,9 @@ def _model_arguments(p: argparse.ArgumentParser) -> None:
     _solver_arguments(p)
     p.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     p.add_argument("--backend", default="auto", help="auto, reference, ... (default %(default)s)")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of the network")
+    p.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of the network"
+    )
 
 
 def _train_arguments(t: argparse.ArgumentParser) -> None:
@@ -218,7 +224,9 @@ def _train(a: argparse.Namespace) -> None:
     out = Path(a.out)
     card = {"name": a.name or out.name, "data": f"{Path(a.data).name}, {len(images)} images", "classes": images.classes}
     print(f"{len(images)} images {list(images.pixels.shape[1:])}, {images.num_classes or 'no'} classes -> {out}")
-    print(f"wrote {train(images, out, config=config, settings=settings, device=_device(a.device), resume=not a.fresh, card=card)}")
+    print(
+        f"wrote {train(images, out, config=config, settings=settings, device=_device(a.device), resume=not a.fresh, card=card)}"
+    )
 
 
 def _demo(a: argparse.Namespace) -> None:

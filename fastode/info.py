@@ -10,11 +10,23 @@ import torch
 from fastode.backends import BACKENDS
 from fastode.models import bundled
 
-PACKAGES = ("torch", "numpy", "safetensors", "triton", "cupy-cuda13x", "diffusers", "onnxruntime", "scipy", "matplotlib")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "triton",
+    "cupy-cuda13x",
+    "diffusers",
+    "onnxruntime",
+    "scipy",
+    "matplotlib",
+)
 
 
 def report() -> str:
-    lines = [f"fastode {importlib.metadata.version('fastode')}, Python {platform.python_version()}, {platform.machine()}"]
+    lines = [
+        f"fastode {importlib.metadata.version('fastode')}, Python {platform.python_version()}, {platform.machine()}"
+    ]
     for name in PACKAGES:
         try:
             lines.append(f"  {name:<14}{importlib.metadata.version(name)}")

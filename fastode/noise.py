@@ -51,7 +51,9 @@ def check_seeds(seeds: Sequence[int] | Tensor, batch: int | None = None) -> Tens
             raise ValueError("seeds: must fit in 64 signed bits")
         values = torch.tensor([int(s) for s in rows], dtype=torch.int64)
     if values.ndim != 1 or values.dtype.is_floating_point or values.dtype == torch.bool:
-        raise ValueError(f"seeds: must be a sequence of whole numbers, got {values.dtype} of shape {list(values.shape)}")
+        raise ValueError(
+            f"seeds: must be a sequence of whole numbers, got {values.dtype} of shape {list(values.shape)}"
+        )
     if batch is not None and len(values) != batch:
         raise ValueError(f"seeds: need one per sample ({batch}), got {len(values)}")
     if len(values) == 0:

@@ -130,7 +130,9 @@ def _power(base: Any, exponent: Any) -> Any:
     return torch.pow(torch.as_tensor(base, dtype=exponent.dtype, device=exponent.device), exponent)
 
 
-def _function(name: str, on_float: Callable[[float], float], on_tensor: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+def _function(
+    name: str, on_float: Callable[[float], float], on_tensor: Callable[[Tensor], Tensor]
+) -> Callable[[Any], Any]:
     def either(x: Any) -> Any:
         return on_tensor(x) if isinstance(x, Tensor) else on_float(x)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 import fastode
+from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 
 @pytest.mark.parametrize("kind", ["vp", "vp_time", "ddpm", "flow"])

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tests.conftest import variant_id
 
 import fastode
 from fastode.schedules import EDM, karras
+from tests.conftest import variant_id
 
 F = {"lower_order_final": False}
 ORDERS: list[tuple[str, dict, float]] = [

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 import fastode
 from fastode.schedules.spacing import diffusion_time
+from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 
 def oracle(name, options, grid, mixture, x):

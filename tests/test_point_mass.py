@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 import fastode
+from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 # ipndm_v of order 4 with the published weights: they do not sum to the step (method card, baselines section 3). It opts
 # out by name, and test_published_slip_is_real shows that the exception is needed.

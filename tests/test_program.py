@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 import fastode
 from fastode.program import Atom, Form, Late, Program, Stage, Table, Trace
 from fastode.program.lower import lower
 from fastode.scalar import evaluate, exp, log
+from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 numbers = st.floats(-1e3, 1e3, allow_nan=False)
 atoms = st.builds(Atom, st.just("value"), st.integers(0, 3))
@@ -92,8 +92,8 @@ def test_programs_check_themselves():
         Program(grid, empty, (Stage(0, 0, level, 0, good), Stage(1, 1, level, 0, good)), 1, (0, 1))
     with pytest.raises(ValueError, match="never written"):
         Program(grid, empty, (Stage(0, 0, level, 0, good),), 9, (0, 1))
+    bad = Table((1,), (Atom("output", 5, "denoised"),), ((1.0,),))
     with pytest.raises(ValueError, match="another evaluation"):
-        bad = Table((1,), (Atom("output", 5, "denoised"),), ((1.0,),))
         Program(grid, empty, (Stage(0, 0, level, 0, bad),), 1, (0, 1))
     with pytest.raises(ValueError, match="states"):
         Program(grid, empty, (Stage(0, 0, level, 0, good),), 1, (0,))

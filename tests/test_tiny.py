@@ -10,7 +10,9 @@ from fastode.schedules import EDM, karras
 def test_one_call():
     """Data at one point: five evaluations land on it exactly (to float32)."""
     point = torch.tensor([0.5, -1.0, 2.0])
-    samples = fastode.sample(lambda x, sigma: point.expand_as(x), torch.randn(4, 3) * 80, solver="ddim", grid=[80, 9, 1, 0.1, 0])
+    samples = fastode.sample(
+        lambda x, sigma: point.expand_as(x), torch.randn(4, 3) * 80, solver="ddim", grid=[80, 9, 1, 0.1, 0]
+    )
     torch.testing.assert_close(samples, point.expand(4, 3))
 
 

@@ -29,7 +29,10 @@ def choose(name: str, device: torch.device) -> str:
     if name not in BACKENDS:
         known = ["auto", "reference", *BACKENDS]
         close = difflib.get_close_matches(str(name), known, n=1)
-        raise ValueError(f"backend: must be one of {', '.join(known)}, got {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(
+            f"backend: must be one of {', '.join(known)}, got {name!r}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     reason = BACKENDS[name].missing(device)
     if reason is not None:
         raise ValueError(f"backend: {name!r} cannot run on {device}: {reason}")

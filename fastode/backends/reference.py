@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastode.program import Program, Stage, Table
+from fastode.program import Atom, Program, Stage, Table
 from fastode.scalar import Late, evaluate
 
 
@@ -32,6 +32,17 @@ def run(
     memo: dict[int, Any] = {}
     last_use = _last_uses(program)
 
+    def read(atom: Atom, output: Tensor | None) -> Tensor:
+        if atom.kind == "value":
+            return values[atom.index]
+        if atom.kind == "one":
+            return x.new_ones(()).expand_as(x)
+        if atom.kind == "noise":
+            assert noise is not None
+            return noise(atom.index)
+        assert output is not None
+        return output
+
     def apply(table: Table, output: Tensor | None) -> None:
         new: dict[int, Tensor] = {}
         for write, form in table.rows():
@@ -39,15 +50,8 @@ def run(
             for atom, coefficient in form.terms.items():
                 c = evaluate(coefficient, known or {}, memo)
                 c = c.to(device=x.device, dtype=x.dtype) if isinstance(c, Tensor) else c
-                if atom.kind == "one":
-                    term = c * x.new_ones(()).expand_as(x)
-                else:
-                    source = (
-                        values[atom.index]
-                        if atom.kind == "value"
-                        else output if atom.kind == "output" else noise(atom.index)  # type: ignore[misc]
-                    )
-                    term = source * c if isinstance(c, Tensor) or c != 1 else source
+                source = read(atom, output)
+                term = source * c if isinstance(c, Tensor) or c != 1 else source
                 total = term if total is None else total + term
             new[write] = x.new_zeros(()).expand_as(x) if total is None else total
         values.update(new)

@@ -44,7 +44,11 @@ def scaling(prediction: str, level: Level, *, schedule: NoiseSchedule | None, si
         return Scaling(0.0, 1.0, 1.0 if _is_one(level.alpha) else 1 / level.alpha, level.rho)
     assert schedule is not None
     alpha, sigma, label = _trained_level(schedule, level)
-    factor: Scalar = sigma / level.sigma if level.is_noise or level.is_data is False and _larger(sigma, alpha) else alpha / level.alpha
+    factor: Scalar = (
+        sigma / level.sigma
+        if level.is_noise or (level.is_data is False and _larger(sigma, alpha))
+        else alpha / level.alpha
+    )
     if not isinstance(factor, (Tensor, Late)) and abs(factor - 1) < 1e-12:
         factor = 1.0
     if prediction == "eps":

@@ -68,7 +68,9 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     return target
 
 
-def save_samples(samples: Tensor, path: str | Path, *, labels: Sequence[int] | None = None, seeds: Sequence[int]) -> Path:
+def save_samples(
+    samples: Tensor, path: str | Path, *, labels: Sequence[int] | None = None, seeds: Sequence[int]
+) -> Path:
     """Write samples as a PNG grid (``.png``), as arrays (``.npz``), or as one PNG each (a folder)."""
     target = Path(path)
     if target.suffix == ".npz":

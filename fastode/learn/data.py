@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...
         if "images" not in file:
             raise ValueError(f"data: {path} has no array 'images' (found {sorted(file)})")
         images = file["images"]
-        labels = file["labels"] if "labels" in file else None
+        labels = file.get("labels")
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(
             f"data: 'images' of {path} must be uint8 [N, H, W] or [N, H, W, C], got {images.dtype} {images.shape}"
@@ -119,4 +118,4 @@ def _fit(pixels: np.ndarray, resolution: int) -> np.ndarray:
         return np.stack(shrunk)
     top, left = (resolution - height) // 2, (resolution - width) // 2
     margin = ((0, 0), (0, 0), (top, resolution - height - top), (left, resolution - width - left))
-    return cast(np.ndarray, np.pad(pixels, margin))
+    return np.pad(pixels, margin)

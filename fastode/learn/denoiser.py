@@ -60,7 +60,9 @@ class TrainSettings:
             raise ValueError(f"label_dropout: must be in [0, 1), got {self.label_dropout}")
 
 
-def loss(network: nn.Module, y: Tensor, labels: Tensor | None, settings: TrainSettings, draws: torch.Generator) -> Tensor:
+def loss(
+    network: nn.Module, y: Tensor, labels: Tensor | None, settings: TrainSettings, draws: torch.Generator
+) -> Tensor:
     """Mean over the batch and pixels of lambda(sigma) |D - y|^2. ``y``: [B, C, H, W] in [-1, 1]."""
     b = y.shape[0]
     device = y.device
@@ -120,7 +122,8 @@ class Run:
     @torch.no_grad()
     def _update_average(self) -> None:
         keep = (1 - 1 / self.step) ** (self.settings.ema_gamma + 1)
-        average, current = list(self.average.parameters()), list(self.network.parameters())
+        average: list[Tensor] = list(self.average.parameters())
+        current: list[Tensor] = list(self.network.parameters())
         torch._foreach_lerp_(average, current, 1 - keep)
 
     def save(self, folder: Path) -> None:
@@ -241,7 +244,8 @@ def export(run: Run, folder: Path, card: dict[str, Any] | None = None) -> Path:
             "images_seen": run.step * run.settings.batch,
             "seconds": round(run.seconds, 1),
             "loss": last,
-            "settings": asdict(run.settings) | {"minutes": None if math.isinf(run.settings.minutes) else run.settings.minutes},
+            "settings": asdict(run.settings)
+            | {"minutes": None if math.isinf(run.settings.minutes) else run.settings.minutes},
             "torch": torch.__version__,
             **(card or {}),
         },

@@ -68,6 +68,8 @@ def _zero(module: nn.Module) -> nn.Module:
 class NoiseEmbedding(nn.Module):
     """Sines and cosines of ``c_noise`` ([B], = ln(sigma)/4 for EDM) at geometric frequencies 1/2 .. 32: [B, width]."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         frequencies = torch.exp(torch.linspace(math.log(0.5), math.log(32.0), width // 2))

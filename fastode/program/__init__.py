@@ -2,7 +2,7 @@
 
 from fastode.program.form import Atom, Form
 from fastode.program.program import Program, Stage, Table, Unrolled
-from fastode.scalar import Late, Scalar
 from fastode.program.trace import Trace
+from fastode.scalar import Late, Scalar
 
 __all__ = ["Atom", "Form", "Late", "Program", "Scalar", "Stage", "Table", "Trace", "Unrolled"]

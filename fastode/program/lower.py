@@ -138,7 +138,7 @@ def lower(
     for u in range(n + 1):
         rows = {v: f for v, f in forms[u].items() if v in live}
         net_value = program.stages[u - 1].net_in if u else None
-        c_in = scalings[u - 1].c_in if u else None
+        c_in: Any = scalings[u - 1].c_in if u else None
         # What each value is read from during this update.
         source_of: dict[int, tuple[Source, Scalar]] = {v: (Source("slot", s), 1.0) for v, s in slot_of.items()}
         if u == 0:

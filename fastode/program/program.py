@@ -167,9 +167,7 @@ class Program:
         for atom in table.columns:
             if atom.kind == "value" and atom.index not in written:
                 raise ValueError(f"{where}: reads x{atom.index}, which is not written yet")
-            if atom.kind == "output" and (
-                stage is None or atom.index != stage.index or atom.name not in stage.outputs
-            ):
+            if atom.kind == "output" and (stage is None or atom.index != stage.index or atom.name not in stage.outputs):
                 raise ValueError(f"{where}: reads {atom}, an output of another evaluation")
             if atom.kind == "noise" and not 0 <= atom.index < self.draws:
                 raise ValueError(f"{where}: reads draw {atom.index} of {self.draws}")
@@ -271,7 +269,9 @@ class Program:
     def describe(self) -> str:
         """The program as straight-line formulas, one line per value."""
         lines = [f"# {self.name}: {self.nfe} evaluations, {self.grid.steps} steps"]
-        marks = {value: f"sigma/alpha {_number(level.rho)}" for level, value in zip(self.grid, self.states, strict=True)}
+        marks = {
+            value: f"sigma/alpha {_number(level.rho)}" for level, value in zip(self.grid, self.states, strict=True)
+        }
         if 0 in marks:
             lines.append(f"x0 = start{'':<24}# {marks[0]}")
         lines += self._rows(self.init, marks)
@@ -304,7 +304,7 @@ class Program:
                 key = f"entry{len(tensors)}"
                 tensors[key] = c.detach().contiguous()
                 return key
-            return float(c)  # type: ignore[arg-type]
+            return _number_of(c)
 
         def table(t: Table) -> dict[str, Any]:
             columns = [[a.kind, a.index, a.name] for a in t.columns]

@@ -81,7 +81,9 @@ class Trace:
         result = self._value(x)
         missing = [i for i in range(len(self.grid)) if i not in self._states]
         if missing:
-            raise ValueError(f"{name}: the solver never landed on grid level {missing[0]} (sigma {self.grid[missing[0]].rho})")
+            raise ValueError(
+                f"{name}: the solver never landed on grid level {missing[0]} (sigma {self.grid[missing[0]].rho})"
+            )
         rows: dict[int, dict[int, Form]] = {stage: {} for stage in range(-1, len(self._points))}
         stored: dict[tuple[int, str], int] = {}
         for value, form in list(self._forms.items()):

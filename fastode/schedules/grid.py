@@ -81,15 +81,21 @@ class Grid:
     ) -> None:
         levels = _levels("sigma", sigma)
         if levels.ndim != 1 or len(levels) < 2:
-            raise ValueError(f"sigma: a grid needs at least two levels in one dimension, got shape {tuple(levels.shape)}")
+            raise ValueError(
+                f"sigma: a grid needs at least two levels in one dimension, got shape {tuple(levels.shape)}"
+            )
         scale = _levels("alpha", alpha)
         if scale.ndim == 0:
             scale = scale.expand(len(levels))
         if scale.shape != levels.shape:
-            raise ValueError(f"alpha: must be one number or {len(levels)} numbers like sigma, got shape {tuple(scale.shape)}")
+            raise ValueError(
+                f"alpha: must be one number or {len(levels)} numbers like sigma, got shape {tuple(scale.shape)}"
+            )
         for label, values in (("sigma", levels), ("alpha", scale)):
             if not bool(torch.isfinite(values).all()):
-                raise ValueError(f"{label}: every level must be finite, got {_first_bad(values, ~torch.isfinite(values))}")
+                raise ValueError(
+                    f"{label}: every level must be finite, got {_first_bad(values, ~torch.isfinite(values))}"
+                )
             if bool((values < 0).any()):
                 raise ValueError(f"{label}: levels cannot be negative, got {_first_bad(values, values < 0)}")
         if bool(((levels == 0) & (scale == 0)).any()):
@@ -205,8 +211,6 @@ class Grid:
 def replace_grid(grid: Grid, **changes: Any) -> Grid:
     values = {"sigma": grid.sigma, "alpha": grid.alpha, "t": grid.t, "schedule": None, "name": grid.name} | changes
     return Grid(**values)
-
-
 
 
 def _levels(name: str, values: Any) -> Tensor:

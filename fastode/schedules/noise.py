@@ -69,8 +69,8 @@ class NoiseSchedule(ABC):
 class EDM(NoiseSchedule):
     """alpha = 1, sigma = t (Karras et al. 2022, arXiv:2206.00364). The network is told ln(sigma)/4."""
 
-    sigma_min: float = 0.002  # type: ignore[misc]
-    sigma_max: float = 80.0  # type: ignore[misc]
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
         _check_range("sigma_min", self.sigma_min, "sigma_max", self.sigma_max)
@@ -100,8 +100,8 @@ class EDM(NoiseSchedule):
 class VE(NoiseSchedule):
     """alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t, t in [0, 1] (arXiv:2011.13456). The network is told sigma."""
 
-    sigma_min: float = 0.01  # type: ignore[misc]
-    sigma_max: float = 50.0  # type: ignore[misc]
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
         _check_range("sigma_min", self.sigma_min, "sigma_max", self.sigma_max)

@@ -142,7 +142,11 @@ def beta(schedule: NoiseSchedule, steps: int, *, a: float = 0.6, b: float = 0.6,
     quantiles = torch.from_numpy(distribution.ppf(1 - _unit(steps, final).numpy(), a, b))
     t = clock.t_end + quantiles * (clock.t_start - clock.t_end)
     name = f"beta a={a:g} b={b:g}"
-    return _from_times(schedule, t, final, name) if clock is schedule else _on_schedule(schedule, clock.rho(t), final, name)
+    return (
+        _from_times(schedule, t, final, name)
+        if clock is schedule
+        else _on_schedule(schedule, clock.rho(t), final, name)
+    )
 
 
 def ays(schedule: NoiseSchedule, steps: int = 10, *, table: str = "sd15", final: Final = "sigma_min") -> Grid:
@@ -222,7 +226,11 @@ def _range(schedule: NoiseSchedule, sigma_min: float | None, sigma_max: float | 
     if not (0 < low < high < math.inf):
         raise ValueError(
             f"sigma_min, sigma_max: this grid needs 0 < sigma_min < sigma_max < inf in the EDM frame, got {low:g} and {high:g}"
-            + ("; for schedules that start at alpha = 0 use time_uniform, or give sigma_max" if high == math.inf else "")
+            + (
+                "; for schedules that start at alpha = 0 use time_uniform, or give sigma_max"
+                if high == math.inf
+                else ""
+            )
             + ("; for schedules that end at sigma = 0 give sigma_min" if low == 0 else "")
         )
     return low, high
@@ -251,11 +259,15 @@ def _from_times(schedule: NoiseSchedule, t: Tensor, final: Final, name: str) -> 
 
 def _from_labels(table: Discrete, labels: Tensor, final: Final, name: str) -> Grid:
     if bool((labels[1:] >= labels[:-1]).any()):
-        raise ValueError(f"steps: {len(labels)} distinct labels are needed, too many for a table of {len(table)} labels")
+        raise ValueError(
+            f"steps: {len(labels)} distinct labels are needed, too many for a table of {len(table)} labels"
+        )
     return _from_times(table, labels, final, name)
 
 
-def _finish(schedule: NoiseSchedule, sigma: Tensor, alpha: Tensor, t: Tensor, final: Final) -> tuple[Tensor, Tensor, Tensor]:
+def _finish(
+    schedule: NoiseSchedule, sigma: Tensor, alpha: Tensor, t: Tensor, final: Final
+) -> tuple[Tensor, Tensor, Tensor]:
     if final == "zero":
         zero, one = sigma.new_zeros(1), sigma.new_ones(1)
         end = zero if isinstance(schedule, (EDM, VE, Flow)) else sigma.new_full((1,), min(0.0, schedule.t_end))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from fastode.program import Form, Trace
@@ -124,7 +125,7 @@ def _published_variable_weights(levels: list[Level], t: Level) -> list[Any]:
     """diff-sampler's iPNDM_v coefficients times the step; h_1, h_2, h_3 are the steps before, newest first."""
     rho = [level.rho for level in levels]
     h = t.rho - rho[0]
-    past = [a - b for a, b in zip(rho[:-1], rho[1:], strict=True)]
+    past = [a - b for a, b in pairwise(rho)]
     ratio = h / past[0]
     a: list[Any] = [1 + ratio / 2, -ratio / 2]
     if len(levels) >= 3:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from fastode.program import Form, Trace
 from fastode.schedules.grid import Level
 from fastode.solvers.coefficients import (
@@ -84,5 +83,3 @@ def published_step(x: Form, history: History, k: int, s: Level, t: Level, *, dat
     slope = first + r0 / (r0 + r1) * (first - earlier)
     curvature = (first - earlier) / (r0 + r1)
     return base + c[1] * slope + c[2] * curvature
-
-

@@ -98,7 +98,9 @@ class SolverTable(Mapping[str, Solver]):
     def __getitem__(self, name: str) -> Solver:
         found = self._solvers.get(self.aliases.get(name, name)) if isinstance(name, str) else None
         if found is None:
-            raise UnknownSolverError(f"solver: unknown solver {name!r}{_nearest(str(name), [*self._solvers, *self.aliases])}")
+            raise UnknownSolverError(
+                f"solver: unknown solver {name!r}{_nearest(str(name), [*self._solvers, *self.aliases])}"
+            )
         return found
 
     def __contains__(self, name: object) -> bool:
