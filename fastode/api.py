@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastode.denoisers.base import Denoiser
 from fastode.denoisers.guidance import Guidance
 from fastode.engine import Callback, Engine, NoiseSource
+from fastode.interop.arrays import to_torch
 from fastode.noise import check_seeds
 from fastode.schedules.grid import Grid
 from fastode.schedules.noise import NoiseSchedule
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 def sample(
     denoiser: Denoiser | Callable[..., Any],
-    x: Tensor | None = None,
+    x: Any = None,
     *,
     solver: str | Solver = "dpm_solver_pp",
     grid: Grid | ArrayLike | Sequence[float] | None = None,
@@ -36,6 +38,7 @@ def sample(
     uncond: Mapping[str, Any] | None = None,
     seeds: Sequence[int] | Tensor | None = None,
     noise: NoiseSource | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     backend: str = "auto",
     callback: Callback | None = None,
     progress: bool = False,
@@ -47,15 +50,17 @@ def sample(
 
     Args:
         denoiser: a :class:`Denoiser`, or a plain callable ``D(x, sigma)`` in the EDM frame.
-        x: the state at the first level, [B, *sample] (``sigma_0`` times unit noise, for grids that start at noise). May be
-            left out when ``seeds`` are given and the denoiser knows its sample shape.
+        x: the state at the first level, [B, *sample] (``sigma_0`` times unit noise, for grids that start at noise): a
+            tensor, or an array of NumPy, CuPy, JAX or anything with DLPack, which is then also what is returned, without
+            copies on the same device. May be left out when ``seeds`` (or one generator per sample) are given and the
+            denoiser knows its sample shape.
         solver: a name in ``SOLVERS`` or a :class:`Solver`.
         grid: a :class:`Grid`, or EDM-frame sigmas taken as given, nothing appended. Or leave it out and give ``nfe``: then
             the solver's usual grid is made with exactly that many evaluations.
         class_labels, cond: conditions; ``guidance_scale`` (a number or one per sample) turns on classifier-free guidance,
             against ``uncond`` or the network's "no class" label. ``guidance`` sets its interval and batching.
         seeds: one whole number per sample: the initial state if ``x`` is left out, and the noise of stochastic solvers.
-        noise, callback, progress, return_trajectory: see :meth:`Engine.__call__`.
+        noise, generator, callback, progress, return_trajectory: see :meth:`Engine.__call__`.
         options: the solver's own, and ``afs``, ``denoise_to_zero``.
 
     Returns [B, *sample] in float64 if ``x`` is float64, float32 otherwise; a :class:`Result` with ``return_trajectory``.
@@ -64,8 +69,9 @@ def sample(
     d = Denoiser.of(denoiser)
     chosen = solver if isinstance(solver, Solver) else SOLVERS[solver]
     chosen.check(options)
-    if x is not None and not isinstance(x, Tensor):
-        raise TypeError(f"x: must be a tensor, got {type(x).__name__}")
+    given, back = x, None
+    if x is not None:
+        x, back = to_torch("x", x)
     if x is not None and not x.dtype.is_floating_point:
         raise TypeError(f"x: must be floating point, got {x.dtype}")
     if (grid is None) == (nfe is None):
@@ -79,6 +85,8 @@ def sample(
         shape: tuple[int, ...] = tuple(x.shape)
     elif seeds is not None and d.sample_shape is not None:
         shape = (len(check_seeds(seeds)), *d.sample_shape)
+    elif isinstance(generator, Sequence) and d.sample_shape is not None:
+        shape = (len(generator), *d.sample_shape)
     else:
         raise ValueError("x: give the state at the first level, or seeds with a denoiser that knows its sample shape")
     guided = guidance or (Guidance() if guidance_scale is not None else None)
@@ -92,7 +100,7 @@ def sample(
         guidance=guided,
         check_finite=check_finite,
     )
-    return engine(
+    made = engine(
         x,
         seeds=seeds,
         class_labels=class_labels,
@@ -100,10 +108,16 @@ def sample(
         cond=cond,
         uncond=uncond,
         noise=noise,
+        generator=generator,
         callback=callback,
         progress=progress,
         return_trajectory=return_trajectory,
     )
+    if back is None or isinstance(given, Tensor):
+        return made
+    if return_trajectory:
+        return replace(made, samples=back(made.samples), states=[back(state) for state in made.states])
+    return back(made)
 
 
 def grid_maker(solver: Solver, schedule: NoiseSchedule, name: str | None = None, **kwargs: Any) -> Callable[..., Grid]:

@@ -77,6 +77,33 @@ class _Seeded:
         return normal(self.seeds, index + 1, self.shape, dtype=self.dtype, device=self.device)
 
 
+class _Generated:
+    """Draws from torch generators, in the order and the shapes of diffusers' ``randn_tensor``: draw k is made when it is
+    first asked for, after all draws before it, on the device of its generator."""
+
+    def __init__(
+        self,
+        generators: list[torch.Generator],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._generators, self._shape, self._dtype, self._device = generators, shape, dtype, device
+        self._made: dict[int, Tensor] = {}
+        self._next = 0
+
+    def next(self) -> Tensor:
+        parts = [torch.randn(self._shape, generator=g, dtype=self._dtype, device=g.device) for g in self._generators]
+        return torch.cat([part.to(self._device) for part in parts])
+
+    def __call__(self, index: int) -> Tensor:
+        while self._next <= index:
+            self._made[self._next] = self.next()
+            self._made.pop(self._next - 2, None)  # a program reads a draw in one update, or in two that follow each other
+            self._next += 1
+        return self._made[index]
+
+
 class NonFiniteError(ValueError):
     """The network returned NaN or Inf."""
 
@@ -171,6 +198,7 @@ class Engine:
         cond: Mapping[str, Any] | None = None,
         uncond: Mapping[str, Any] | None = None,
         noise: NoiseSource | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback: Callback | None = None,
         progress: bool = False,
         return_trajectory: bool = False,
@@ -180,6 +208,9 @@ class Engine:
 
         ``seeds`` also drive the noise of stochastic solvers, sample by sample; without them it follows torch's global
         generator. ``noise`` replaces that noise: a list of tensors or a function of the draw's number.
+        ``generator``: one ``torch.Generator``, or one per sample, drawn from in diffusers' order instead of seeds: first the
+        initial state (if ``x`` is left out), then every draw as it comes; samples then are those of a pipeline that was
+        given the same generators.
         ``callback(step, sigma, state, denoised)`` is called after the first evaluation of every step, with the EDM-frame
         noise level, the state there and its denoised estimate; returning True ends the run, and that state is the result.
         ``out``: a tensor [B, *sample] in the state's dtype to write the samples to.
@@ -194,8 +225,9 @@ class Engine:
         condition = self.denoiser.check_condition(self.shape[0], condition, self.guidance)
         known = self._known(guidance_scale)
         seed_tensor = None if seeds is None else check_seeds(seeds, self.shape[0])
-        start = self._start(x, seed_tensor)
-        source = self._noise_source(noise, seed_tensor)
+        generated = self._generated(generator, seeds, noise)
+        start = self._start(x, seed_tensor, generated)
+        source = self._noise_source(noise, seed_tensor) if generated is None else generated
         if self.graphs is not None and callback is None and not progress and not return_trajectory:
             with torch.no_grad():
                 replayed = self.graphs.run(self, start, condition, known, source, out)
@@ -255,7 +287,8 @@ class Engine:
             return self.denoiser.denoise(x, stage.level, condition, guidance=self.guidance, known=late, check=check)
 
         visit = watcher.visit
-        return reference.run(self.program, denoise, start, noise=source, known=known, visit=visit, keep=keep)
+        made, values = reference.run(self.program, denoise, start, noise=source, known=known, visit=visit, keep=keep)
+        return (made.clone() if made is start else made), values  # a run stopped at its first step returns no alias of x
 
     def _run_lowered(
         self,
@@ -294,24 +327,28 @@ class Engine:
                         self._check(call.stage, raw)
                 if transforms or watcher.wants(call.stage):
                     state = self._state(call, work.buffers, known)
+                    if watcher.wants(call.stage) and call.point.kind == "slot":
+                        state = state.clone()  # the callback may keep it; the slot is written again
                     denoised = denoiser.assemble(state, outputs, call.stage.level, on, known)
                     if watcher.visit(call.stage, state, denoised):
-                        return state.clone(), []
+                        return state.clone(), self._states(lowered, work.buffers, i) if keep else []
                     if transforms:
                         outputs = (denoised,)
                 else:
                     watcher.visit(call.stage, None, None)
                 if not executor.update(i + 1, start, outputs, result) and looked_at:
                     raise self._not_finite(call.stage)
-            states = []
-            if keep:
-                for value in self.program.states:
-                    states.append(work.buffers.slots[lowered.states[value].index].clone())
-            return result, states
+            return result, self._states(lowered, work.buffers, len(lowered.calls)) if keep else []
         finally:
             work.draws.source = None
             if intact:
                 self._free[keep].put(work)
+
+    def _states(self, lowered: Lowered, buffers: Buffers, done: int) -> list[Tensor]:
+        """States at the grid levels that the first ``done`` stages have reached."""
+        written = {0, *self.program.init.writes}.union(*(s.table.writes for s in self.program.stages[:done]))
+        reached = [lowered.states[value].index for value in self.program.states if value in written]
+        return [buffers.slots[slot].clone() for slot in reached]
 
     def _state(self, call: Call, buffers: Buffers, known: Mapping[Late, Any]) -> Tensor:
         """The state that ``call`` evaluates, read back for the callback or for an unfolded estimate."""
@@ -372,7 +409,22 @@ class Engine:
                 f"got {out.dtype} {list(out.shape)} on {out.device}"
             )
 
-    def _start(self, x: Tensor | None, seeds: Tensor | None) -> Tensor:
+    def _generated(self, generator: Any, seeds: Any, noise: Any) -> _Generated | None:
+        if generator is None:
+            return None
+        if seeds is not None or noise is not None:
+            raise ValueError("generator: takes the place of seeds and noise; give one of the three")
+        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        if any(not isinstance(g, torch.Generator) for g in generators):
+            raise TypeError("generator: must be a torch.Generator, or one per sample")
+        if not isinstance(generator, torch.Generator) and len(generators) != self.shape[0]:
+            raise ValueError(f"generator: need one, or one per sample ({self.shape[0]}), got {len(generators)}")
+        single = isinstance(generator, torch.Generator)
+        return _Generated(generators, self.shape if single else (1, *self.shape[1:]), self.dtype, self.device)
+
+    def _start(self, x: Tensor | None, seeds: Tensor | None, generated: _Generated | None) -> Tensor:
+        if x is None and generated is not None:
+            return generated.next().mul_(float(self.program.grid[0].sigma))
         if x is None:
             if seeds is None:
                 raise ValueError("x: give the state at the first level, or seeds")

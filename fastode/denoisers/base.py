@@ -131,7 +131,7 @@ class Denoiser:
                 labels = labels.expand(batch)
             if labels.shape != (batch,):
                 raise ValueError(f"class_labels: need one label per sample [{batch}], got shape {list(labels.shape)}")
-            if self.num_classes is not None:
+            if self.num_classes is not None and labels.device.type == "cpu":  # elsewhere, looking makes the host wait
                 top = self.num_classes - 1 if self.null_label is None else max(self.num_classes - 1, self.null_label)
                 wrong = labels[(labels < 0) | (labels > top)]
                 if wrong.numel():
@@ -283,7 +283,7 @@ def _check_uncond(condition: Condition, batch: int, batched: bool) -> None:
     if unknown:
         raise ValueError(f"uncond: {unknown[0]!r} replaces nothing; cond has {sorted(condition.cond) or 'no entries'}")
     for name, value in uncond.items() if batched else ():
-        given = condition.class_labels if name == "class_labels" else condition.cond[name]
+        given: Any = condition.class_labels if name == "class_labels" else condition.cond[name]
         if _per_sample(given, batch):
             if not isinstance(value, Tensor) or value.shape != given.shape:
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
