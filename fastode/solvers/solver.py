@@ -122,5 +122,5 @@ class UnknownSolverError(KeyError, ValueError):
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; known are {', '.join(sorted(names))}"
