@@ -39,7 +39,7 @@ export LINK_PARENT
 HAS_SETUPTOOLS = import setuptools; print("--no-build-isolation" * (int(setuptools.__version__.split(".")[0]) >= 77))
 export HAS_SETUPTOOLS
 
-.PHONY: help demo test bench lint format types clean
+.PHONY: help demo test bench results lint format types clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -54,6 +54,10 @@ test: $(VENV)/.stamp-test  ## all tests; ARGS="-k name" chooses
 
 bench: $(VENV)/.stamp-bench  ## all benchmarks
 	@$(PY) -m benchmarks.run $(ARGS)
+
+results: $(VENV)/.stamp-test  ## the README's table and pictures, measured anew
+	@$(PY) -m benchmarks.quality --nfe 5 --samples 1000 --readme README.md
+	@$(VENV)/bin/fastode demo --out docs
 
 lint: $(VENV)/.stamp-dev  ## ruff and clang-format, changing nothing
 	@$(PY) -m ruff check .
