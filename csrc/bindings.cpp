@@ -82,7 +82,8 @@ class Executor {
         u.state = state_;
         for (const auto& [kind, index] : sources) {
             if (kind == "one") {
-                bound.columns.push_back(kOne);
+                bound.one = int(bound.columns.size());
+                bound.columns.push_back(-1);
                 continue;
             }
             if (u.n_in == kMaxInputs) throw std::invalid_argument("sources: at most 8 tensors");
@@ -107,6 +108,8 @@ class Executor {
                 throw std::invalid_argument("sources: unknown kind " + kind);
             }
         }
+        if (bound.one >= 0) bound.columns[size_t(bound.one)] = u.n_in;
+        u.columns = u.n_in + 1;
         for (const auto& [kind, index] : targets) {
             if (u.n_out == kMaxOutputs) throw std::invalid_argument("targets: at most 4 tensors");
             Operand& x = u.out[u.n_out++];
@@ -129,15 +132,15 @@ class Executor {
               const std::vector<std::tuple<int, int, std::vector<double>>>& elements) {
         Bound& bound = bounds_.at(i);
         Update& u = bound.update;
-        const size_t rows = size_t(u.n_out), columns = bound.columns.size(), one = rows * columns;
-        const size_t samples = one ? weights.size() / one : 1;
-        if (used.size() != rows || samples * one != weights.size() || (samples != 1 && samples != size_t(batch_)))
+        const size_t rows = size_t(u.n_out), columns = bound.columns.size(), entries = rows * columns;
+        const size_t samples = entries ? weights.size() / entries : 1, stride = size_t(u.columns);
+        if (used.size() != rows || samples * entries != weights.size() || (samples != 1 && samples != size_t(batch_)))
             throw std::invalid_argument("weights: need [batch or 1][rows][columns] numbers");
-        bound.numbers.assign(samples * rows * kColumns, 0.0);
+        bound.numbers.assign(samples * rows * stride, 0.0);
         for (size_t b = 0; b < samples; ++b)
             for (size_t j = 0; j < rows; ++j)
                 for (size_t k = 0; k < columns; ++k)
-                    bound.numbers[(b * rows + j) * kColumns + size_t(bound.columns[k])] =
+                    bound.numbers[(b * rows + j) * stride + size_t(bound.columns[k])] =
                         weights[(b * rows + j) * columns + k];
         for (size_t j = 0; j < rows; ++j) {
             u.used[j] = 0;
@@ -154,7 +157,7 @@ class Executor {
             u.element[j][bound.columns.at(size_t(k))] = bound.elements.back()->as(state_);
         }
         u.weights = bound.numbers.as(state_);
-        u.weights_stride = samples == 1 ? 0 : int64_t(rows) * kColumns;
+        u.weights_stride = samples == 1 ? 0 : int64_t(rows * stride);
     }
 
     // Once per run: where the seeds lie (0: draws come as tensors), and how many threads to use.
@@ -208,7 +211,7 @@ class Executor {
 
     struct Bound {
         Update update;
-        int start = -1, result = -1, output[2] = {-1, -1};
+        int start = -1, result = -1, one = -1, output[2] = {-1, -1};
         std::vector<int> columns, noise;  // of the sources: their column, and the inputs that are draws
         Numbers numbers;
         std::vector<std::unique_ptr<Numbers>> elements;
@@ -241,6 +244,13 @@ void normal(Address seeds, int64_t batch, uint32_t draw, int64_t count, int dtyp
     normal_cpu(static_cast<const int64_t*>(pointer(seeds)), batch, draw, count, dtype_of(dtype), pointer(out), threads);
 }
 
+#ifdef FASTODE_CUDA
+void launch(Address update, int vector, Address stream) {
+    const int error = combine_cuda(*static_cast<const Update*>(pointer(update)), vector, pointer(stream));
+    if (error) throw std::runtime_error(std::string("CUDA: ") + cuda_message(error));
+}
+#endif
+
 }  // namespace
 }  // namespace fastode
 
@@ -250,8 +260,10 @@ PYBIND11_MODULE(_native, m) {
     m.attr("MAX_INPUTS") = kMaxInputs;
     m.attr("MAX_OUTPUTS") = kMaxOutputs;
     m.attr("MAX_DIMS") = kMaxDims;
+    m.attr("SIZES") = std::make_pair(sizeof(Operand), sizeof(Update));
 #ifdef FASTODE_CUDA
     m.attr("CUDA") = true;
+    m.def("launch", &launch);
 #else
     m.attr("CUDA") = false;
 #endif

@@ -34,7 +34,7 @@ bool rows(const T* const* in, T* const* out, const Update& u, const T* weights, 
     using V = typename Vector<T>::type;
     using Unaligned = typename Vector<T>::unaligned;
     constexpr int lanes = Vector<T>::lanes, unroll = step<T>(N_OUT) / lanes;
-    const int n_in = u.n_in;
+    const int n_in = u.n_in, columns = u.columns;
     const uint32_t watch = u.watch;
     uint32_t used[N_OUT];
     for (int j = 0; j < N_OUT; ++j) used[j] = u.used[j];
@@ -42,7 +42,8 @@ bool rows(const T* const* in, T* const* out, const Update& u, const T* weights, 
     for (int64_t e = 0; e < n; e += unroll * lanes) {
         V sum[N_OUT][unroll];
         for (int j = 0; j < N_OUT; ++j)
-            for (int i = 0; i < unroll; ++i) sum[j][i] = V{} + weights[j * kColumns + kOne];
+            for (int i = 0; i < unroll; ++i)
+                sum[j][i] = V{} + (used[j] >> n_in & 1 ? weights[j * columns + n_in] : T(0));
         for (int k = 0; k < n_in; ++k) {
             const Unaligned* from = reinterpret_cast<const Unaligned*>(in[k] + e);
             V x[unroll];
@@ -51,7 +52,7 @@ bool rows(const T* const* in, T* const* out, const Update& u, const T* weights, 
                 for (int i = 0; i < unroll; i += 2) bad[i / 2] += x[i] * T(0) + x[i + 1] * T(0);
             for (int j = 0; j < N_OUT; ++j)
                 if (used[j] >> k & 1) {
-                    const T w = weights[j * kColumns + k];
+                    const T w = weights[j * columns + k];
                     for (int i = 0; i < unroll; ++i) sum[j][i] += x[i] * w;
                 }
         }
@@ -79,18 +80,20 @@ bool rows(const T* const* in, T* const* out, const Update& u, const T* weights, 
 
 // The same for weights that differ between elements, on staged blocks; `first` is the block's place in its sample.
 template <class T>
-bool rows_per_element(const T* const* in, T* const* out, const Update& u, const T* weights, int64_t first, int n) {
+bool rows_per_element(const T* const* in, T* const* out, const Update& u, const T* weights, int64_t b, int64_t first,
+                      int n) {
     T sums[kMaxOutputs][kBlock], bad = 0;
     for (int k = 0; k < u.n_in; ++k)
         if (u.watch >> k & 1)
             for (int i = 0; i < n; ++i) bad += in[k][i] * T(0);
     for (int j = 0; j < u.n_out; ++j) {
         for (int i = 0; i < n; ++i) sums[j][i] = 0;
-        for (int k = 0; k < kColumns; ++k) {
+        for (int k = 0; k <= u.n_in; ++k) {
             if (!(u.used[j] >> k & 1)) continue;
             const T* each = static_cast<const T*>(u.element[j][k]);
-            const T w = weights[j * kColumns + k];
-            for (int i = 0; i < n; ++i) sums[j][i] += (each ? each[first + i] : w) * (k == kOne ? T(1) : in[k][i]);
+            if (each) each += b * u.element_stride;
+            const T w = weights[j * u.columns + k];
+            for (int i = 0; i < n; ++i) sums[j][i] += (each ? each[first + i] : w) * (k == u.n_in ? T(1) : in[k][i]);
         }
     }
     for (int j = 0; j < u.n_out; ++j) std::memcpy(out[j], sums[j], n * sizeof(T));
@@ -355,7 +358,7 @@ bool run(const Update& u, int64_t begin, int64_t end) {
         for (int j = 0; j < u.n_out; ++j)
             out[j] = out_place[j] && full ? static_cast<T*>(u.out[j].data) + e : scratch_out[j];
         const T* weights = reinterpret_cast<const T*>(u.weights) + b * u.weights_stride;
-        finite &= u.per_element ? rows_per_element<T>(in, out, u, weights, first, int(n))
+        finite &= u.per_element ? rows_per_element<T>(in, out, u, weights, b, first, int(n))
                                 : rows<T>(in, out, u, weights, full ? n : one_step);
         for (int j = 0; j < u.n_out; ++j) {
             if (out[j] != scratch_out[j]) continue;

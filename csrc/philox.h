@@ -1,8 +1,8 @@
 // Philox4x32-10 (Salmon et al. 2011) for one block, on host and device. fastode/noise.py says how it is keyed.
 #pragma once
-#include <cstdint>
+#include "combine.h"
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FASTODE_BOTH __host__ __device__ __forceinline__
 #else
 #define FASTODE_BOTH inline

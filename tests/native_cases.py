@@ -70,11 +70,12 @@ def run_both(
     outputs: Callable[[Tensor], Sequence[Tensor]] | None = None,
     begin: Callable[[Tensor], Tensor] = lambda x: x,
     draws: Given | None = None,
+    make: Callable[..., Any] = lambda *a: native.NativeExecutor(module, *a),
 ) -> list[list[Tensor]]:
-    """Buffers, result and verdict after one update by torch and by the module, from equal memory."""
+    """Buffers, result and verdict after one update by torch and by the executor of ``make``, from equal memory."""
     out = []
     slots = 1 + max((s.index for s in (*update.sources, *update.targets) if s.kind == "slot"), default=0)
-    for make in (TorchExecutor, lambda *a: native.NativeExecutor(module, *a)):
+    for executor_of in (TorchExecutor, make):
         g = torch.Generator().manual_seed(1)
         buffers = Buffers(
             torch.randn((slots, *shape), generator=g, dtype=torch.float64).to(dtype),
@@ -82,13 +83,10 @@ def run_both(
         )
         x = begin(torch.randn(shape, generator=g, dtype=torch.float64).to(dtype))
         raw = [torch.randn(shape, generator=g, dtype=torch.float64).to(net or dtype) for _ in range(2)]
-        raw = (
-            list(outputs(buffers.net_in))
-            if outputs
-            else raw[: 1 + max((s.index for s in update.sources if s.kind == "output"), default=-1)]
-        )
+        read = 1 + max((s.index for s in update.sources if s.kind == "output"), default=-1)
+        raw = list(outputs(buffers.net_in)) if outputs else raw[:read]
         result = torch.full(shape, math.nan, dtype=dtype)
-        executor = make(lowered_of(update, slots=slots), buffers, draws or Given())
+        executor = executor_of(lowered_of(update, slots=slots), buffers, draws or Given())
         executor.load({})
         finite = executor.update(0, x, raw, result)
         out.append([buffers.slots, buffers.net_in, result, torch.tensor(bool(finite))])
@@ -101,15 +99,8 @@ def assert_same(update: Update, shape: tuple[int, ...], **kwargs: Any) -> None:
         torch.testing.assert_close(found, expected, equal_nan=True, **tolerance)
 
 
-ALL = (
-    Source("slot", 0),
-    Source("slot", 1),
-    Source("start"),
-    Source("input"),
-    Source("output", 0),
-    Source("output", 1),
-    Source("one"),
-)
+KINDS = [("slot", 0), ("slot", 1), ("start",), ("input",), ("output", 0), ("output", 1), ("one",)]
+ALL = tuple(Source(*kind) for kind in KINDS)
 
 
 def mixed(n_in: int = 6, n_out: int = 3) -> Update:

@@ -8,13 +8,19 @@ import torch
 
 from fastode.backends.base import Backend
 from fastode.backends.native import NativeBackend
+from fastode.backends.nvrtc import NvrtcBackend
 from fastode.backends.torch import TorchBackend
 from fastode.backends.triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "torch": TorchBackend(), "triton": TritonBackend()}
+BACKENDS: dict[str, Backend] = {
+    "native": NativeBackend(),
+    "torch": TorchBackend(),
+    "triton": TritonBackend(),
+    "nvrtc": NvrtcBackend(),
+}
 """Executors of lowered updates, best last resort first."""
 
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch"), "cuda": ("triton", "native", "nvrtc", "torch")}
 
 
 def choose(name: str, device: torch.device) -> str:

@@ -112,6 +112,8 @@ class NativeBackend:
                 return not_built(error)
         if device.type == "cuda" and not self._module.CUDA:
             return "the native module was built for the CPU only; build it with FASTODE_CUDA=1 (needs nvcc)"
+        if device.type == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
+            return "PyTorch sees no CUDA device"
         return None
 
     def bind(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> Executor:
