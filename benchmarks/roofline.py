@@ -126,7 +126,7 @@ def main() -> None:
     result = {
         "machine": {
             "cpu": torch.backends.cpu.get_cpu_capability(),
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.machine()}",
             "threads": torch.get_num_threads(),
             "load": os.getloadavg()[0],
         },
