@@ -114,6 +114,7 @@ def _sample(a: argparse.Namespace) -> None:
     from fastode.denoisers import Guidance
     from fastode.engine import Engine
     from fastode.evaluate.pictures import save_samples
+    from fastode.evaluate.summary import print_run
     from fastode.models import load
     from fastode.solvers import SOLVERS
 
@@ -140,16 +141,8 @@ def _sample(a: argparse.Namespace) -> None:
         parts.append(engine(seeds=rows, class_labels=chosen, guidance_scale=a.guidance, progress=True).cpu())
     seconds = time.perf_counter() - started
     path = save_samples(torch.cat(parts), a.out, labels=labels, seeds=seeds)
-    _report(program, len(seeds), seconds, str(device), next(iter(engines.values())).backend)
+    print_run(program, len(seeds), seconds, str(device), next(iter(engines.values())).backend)
     print(f"wrote    {path}")
-
-
-def _report(program: Any, count: int, seconds: float, device: str, backend: str) -> None:
-    options = ", ".join(f"{k}={v}" for k, v in program.options.items())
-    print(f"solver   {program.name}{f' ({options})' if options else ''} on {program.grid.name}")
-    print(f"NFE      {program.nfe}")
-    print(f"time     {seconds:.2f} s for {count} images, {count / seconds:.1f} images/s")
-    print(f"device   {device}, backend {backend}")
 
 
 def _program(a: argparse.Namespace, solver: Any, schedule: Any) -> Any:

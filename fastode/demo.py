@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastode.api import grid_maker
-from fastode.cli import _report
 from fastode.engine import Engine
 from fastode.evaluate.pictures import picture_grid, save_image
+from fastode.evaluate.summary import print_run
 from fastode.models import load
 from fastode.solvers import SOLVERS
 
@@ -55,5 +55,5 @@ def run(out: Path, device: str) -> None:
         column_labels=[*(f"{sigma:.3g}" for sigma, _ in previews), "final"],
         title="denoised estimate at each sigma",
     )
-    _report(program, len(labels), seconds, device, engine.backend)
+    print_run(program, len(labels), seconds, device, engine.backend)
     print(f"wrote    {save_image(digits, out / 'digits.png')} and {save_image(strip, out / 'previews.png')}")

@@ -15,6 +15,7 @@ from fastode.backends import BACKENDS, choose, reference
 from fastode.backends.base import Buffers, Executor
 from fastode.denoisers.base import Condition, Denoiser
 from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
+from fastode.draws import Draws, Generated, Seeded
 from fastode.graph import Graphs, Mode
 from fastode.noise import check_seeds, normal
 from fastode.program import Program, Stage
@@ -48,60 +49,8 @@ class _Workspace:
 
     buffers: Buffers
     executor: Executor
-    draws: _Draws
+    draws: Draws
     c_noise: tuple[Tensor | None, ...]
-
-
-class _Draws:
-    """The draws of the current call. Filled per call, so that an executor bound once can read them."""
-
-    def __init__(self) -> None:
-        self.source: Callable[[int], Tensor] | None = None
-        self.seeds: Tensor | None = None
-
-    def __call__(self, index: int) -> Tensor:
-        assert self.source is not None
-        return self.source(index)
-
-
-@dataclass(frozen=True, eq=False)
-class _Seeded:
-    """Draw k of a program is draw k + 1 of the samples' seeds; draw 0 is the initial state."""
-
-    seeds: Tensor
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def __call__(self, index: int) -> Tensor:
-        return normal(self.seeds, index + 1, self.shape, dtype=self.dtype, device=self.device)
-
-
-class _Generated:
-    """Draws from torch generators, in the order and the shapes of diffusers' ``randn_tensor``: draw k is made when it is
-    first asked for, after all draws before it, on the device of its generator."""
-
-    def __init__(
-        self,
-        generators: list[torch.Generator],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._generators, self._shape, self._dtype, self._device = generators, shape, dtype, device
-        self._made: dict[int, Tensor] = {}
-        self._next = 0
-
-    def next(self) -> Tensor:
-        parts = [torch.randn(self._shape, generator=g, dtype=self._dtype, device=g.device) for g in self._generators]
-        return torch.cat([part.to(self._device) for part in parts])
-
-    def __call__(self, index: int) -> Tensor:
-        while self._next <= index:
-            self._made[self._next] = self.next()
-            self._made.pop(self._next - 2, None)  # a program reads a draw in one update, or in two that follow each other
-            self._next += 1
-        return self._made[index]
 
 
 class NonFiniteError(ValueError):
@@ -288,7 +237,9 @@ class Engine:
 
         visit = watcher.visit
         made, values = reference.run(self.program, denoise, start, noise=source, known=known, visit=visit, keep=keep)
-        return (made.clone() if made is start else made), values  # a run stopped at its first step returns no alias of x
+        return (
+            made.clone() if made is start else made
+        ), values  # a run stopped at its first step returns no alias of x
 
     def _run_lowered(
         self,
@@ -302,7 +253,7 @@ class Engine:
         lowered, denoiser = self._lower(watch=keep), self.denoiser
         work = self._borrow(keep)
         work.draws.source = source
-        work.draws.seeds = source.seeds if isinstance(source, _Seeded) else None
+        work.draws.seeds = source.seeds if isinstance(source, Seeded) else None
         result = torch.empty(self.shape, device=self.device, dtype=self.dtype)
         net_in, executor, transforms = work.buffers.net_in, work.executor, denoiser.transforms
         # An executor that looks at the network outputs while it reads them saves a pass over each, 7 us for 4 elements.
@@ -369,7 +320,7 @@ class Engine:
                 net_in = torch.empty(self.shape, device=self.device, dtype=self.net_dtype)
                 numbers = [evaluate(call.c_noise, {}) if is_known(call.c_noise) else None for call in lowered.calls]
                 c_noise = tuple(None if n is None else self.denoiser.c_noise(n, net_in) for n in numbers)
-            buffers, draws = Buffers(slots, net_in), _Draws()
+            buffers, draws = Buffers(slots, net_in), Draws()
             return _Workspace(buffers, BACKENDS[self.backend].bind(lowered, buffers, draws), draws, c_noise)
 
     def _check(self, stage: Stage, output: Tensor) -> None:
@@ -409,7 +360,7 @@ class Engine:
                 f"got {out.dtype} {list(out.shape)} on {out.device}"
             )
 
-    def _generated(self, generator: Any, seeds: Any, noise: Any) -> _Generated | None:
+    def _generated(self, generator: Any, seeds: Any, noise: Any) -> Generated | None:
         if generator is None:
             return None
         if seeds is not None or noise is not None:
@@ -420,9 +371,9 @@ class Engine:
         if not isinstance(generator, torch.Generator) and len(generators) != self.shape[0]:
             raise ValueError(f"generator: need one, or one per sample ({self.shape[0]}), got {len(generators)}")
         single = isinstance(generator, torch.Generator)
-        return _Generated(generators, self.shape if single else (1, *self.shape[1:]), self.dtype, self.device)
+        return Generated(generators, self.shape if single else (1, *self.shape[1:]), self.dtype, self.device)
 
-    def _start(self, x: Tensor | None, seeds: Tensor | None, generated: _Generated | None) -> Tensor:
+    def _start(self, x: Tensor | None, seeds: Tensor | None, generated: Generated | None) -> Tensor:
         if x is None and generated is not None:
             return generated.next().mul_(float(self.program.grid[0].sigma))
         if x is None:
@@ -471,7 +422,7 @@ class Engine:
             return None
         if seeds is None:
             seeds = torch.randint(0, 2**62, (self.shape[0],))
-        return _Seeded(seeds, self.shape[1:], self.dtype, self.device)
+        return Seeded(seeds, self.shape[1:], self.dtype, self.device)
 
 
 class _Watcher:

@@ -228,8 +228,9 @@ class Denoiser:
         net_in = net_in.clone() if net_in is x else net_in  # the network's own copy, whatever it does to it
         c_noise = self.c_noise(evaluate(s.c_noise, known or {}, memo), net_in)
         outputs = self.raw(net_in, c_noise, condition or Condition(), on)
-        for raw in outputs if check is not None else ():
-            check(raw)
+        if check is not None:
+            for raw in outputs:
+                check(raw)
         return self.assemble(x, outputs, level, on, known)
 
     def assemble(
