@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -59,24 +60,31 @@ def load_images(path: str | Path, *, resolution: int | None = None) -> Images:
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    with np.load(path, allow_pickle=False) as file:
-        if "images" not in file:
-            raise ValueError(f"data: {path} has no array 'images' (found {sorted(file)})")
-        images = file["images"]
-        labels = file.get("labels")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = sorted(file)
+            images, labels = (file[name] if name in found else None for name in ("images", "labels"))
+    except (ValueError, TypeError, OSError, EOFError, BadZipFile) as error:
+        raise ValueError(f"data: {path} is damaged or not an .npz ({error})") from error
+    if images is None:
+        raise ValueError(f"data: {path} has no array 'images' (found {found})")
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(
             f"data: 'images' of {path} must be uint8 [N, H, W] or [N, H, W, C], got {images.dtype} {images.shape}"
         )
+    if not images.size:
+        raise ValueError(f"data: 'images' of {path} is empty")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "ui"):
         raise ValueError(f"data: 'labels' of {path} must be {images.shape[:1]} integers, got {labels.shape}")
+    if labels is not None and labels.min() < 0:
+        raise ValueError(f"data: 'labels' of {path} must be 0 or more, got {labels.min()}")
     pixels = images[:, None] if images.ndim == 3 else np.moveaxis(images, 3, 1)
     names = () if labels is None else tuple(str(i) for i in range(int(labels.max()) + 1))
     return np.ascontiguousarray(pixels), labels, names
 
 
 def _read_folder(path: Path, resolution: int | None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    names = tuple(sorted(p.name for p in path.iterdir() if p.is_dir()))
+    names = tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")))
     found = [(file, i) for i, name in enumerate(names) for file in _pictures(path / name)]
     labelled = bool(found)
     if not labelled:
@@ -85,11 +93,15 @@ def _read_folder(path: Path, resolution: int | None) -> tuple[np.ndarray, np.nda
         raise ValueError(f"data: no pictures ({', '.join(sorted(PICTURES))}) in {path} or in its class folders")
     rows = []
     for file, _ in found:
-        with Image.open(file) as image:
-            rows.append(_square(image, resolution))
-    channels = {row.shape[0] for row in rows}
-    if len(channels) > 1 or len({row.shape for row in rows}) > 1:
-        raise ValueError(f"data: pictures of {path} differ in size or channels; give resolution=...")
+        try:
+            with Image.open(file) as image:
+                rows.append(_square(image, resolution))
+        except OSError as error:
+            raise ValueError(f"data: {file} cannot be read ({error})") from error
+    if len({row.shape[0] for row in rows}) > 1:  # grey among coloured ones
+        rows = [row if len(row) == 3 else np.repeat(row, 3, axis=0) for row in rows]
+    if len({row.shape for row in rows}) > 1:
+        raise ValueError(f"data: pictures of {path} differ in size; give resolution=...")
     labels = np.array([i for _, i in found]) if labelled else None
     return np.stack(rows), labels, names if labelled else ()
 
@@ -100,11 +112,12 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 def _square(image: Image.Image, resolution: int | None) -> np.ndarray:
     picture = image if image.mode in ("L", "RGB") else image.convert("RGB")
-    if resolution is not None and min(picture.size) > resolution:
+    if resolution is not None and max(picture.size) > resolution:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         box = (left, top, left + side, top + side)
-        picture = picture.resize((resolution, resolution), Image.Resampling.BOX, box=box)
+        size = min(side, resolution)  # a long narrow picture is cropped, not enlarged
+        picture = picture.resize((size, size), Image.Resampling.BOX, box=box)
     array = np.asarray(picture, dtype=np.uint8)
     array = array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
     return _fit(array[None], resolution)[0] if resolution is not None else array

@@ -16,11 +16,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -64,16 +67,14 @@ def loss(
     network: nn.Module, y: Tensor, labels: Tensor | None, settings: TrainSettings, draws: torch.Generator
 ) -> Tensor:
     """Mean over the batch and pixels of lambda(sigma) |D - y|^2. ``y``: [B, C, H, W] in [-1, 1]."""
-    b = y.shape[0]
-    device = y.device
-    sigma = (torch.randn(b, 1, 1, 1, generator=draws) * settings.p_std + settings.p_mean).exp().to(device)
-    noise = torch.randn(y.shape, generator=draws).to(device)
+    sigma = (torch.randn(y.shape[0], 1, 1, 1, generator=draws) * settings.p_std + settings.p_mean).exp().to(y)
+    noise = torch.randn(y.shape, generator=draws).to(y)
     c_skip, c_out, c_in, c_noise = edm_scalings(sigma, settings.sigma_data)
     x = y + sigma * noise
     # lambda c_out^2 = 1: the weighted error of D is the plain error of F against the target it should give.
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+    with torch.autocast(y.device.type, dtype=torch.bfloat16, enabled=settings.bf16):
         raw = network(c_in * x, c_noise.flatten(), labels)
-    return (raw.float() - (y - c_skip * x) / c_out).square().mean()
+    return (raw.to(y) - (y - c_skip * x) / c_out).square().mean()
 
 
 def drop_labels(labels: Tensor, none: int, share: float, draws: torch.Generator) -> Tensor:
@@ -95,6 +96,15 @@ class Run:
         self.step = 0
         self.seconds = 0.0
         self.curve: list[tuple[int, float]] = []
+        self.window: list[float] = []
+
+    def record(self, value: float | None = None) -> None:
+        """Add a loss to the curve, whose points are means of 100 steps; without ``value``, of what there is so far."""
+        if value is not None:
+            self.window.append(value)
+        if len(self.window) == 100 or (value is None and self.window):
+            self.curve.append((self.step, sum(self.window) / len(self.window)))
+            self.window.clear()
 
     def train_step(self, y: Tensor, labels: Tensor | None) -> float:
         s = self.settings
@@ -128,6 +138,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Write ``checkpoint.safetensors`` and ``.json``; each appears whole or not at all."""
+        self.record()
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
@@ -141,17 +152,24 @@ class Run:
         write_tensors(folder / "checkpoint.safetensors", tensors)
 
     @classmethod
-    def resume(cls, folder: Path, settings: TrainSettings, device: torch.device) -> Run:
+    def resume(cls, folder: Path, config: UNetConfig, settings: TrainSettings, device: torch.device) -> Run:
         """Continue the run in ``folder``. Its length and cooldown may change; anything else that differs is an error."""
-        card = json.loads((folder / "checkpoint.json").read_text())
-        stored = TrainSettings(**card["settings"])
+        try:
+            card = json.loads((folder / "checkpoint.json").read_text())
+            stored, network = TrainSettings(**card["settings"]), UNetConfig(**card["config"])
+            tensors = load_file(folder / "checkpoint.safetensors")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint: {folder} cannot be resumed ({error}); start over with resume=False"
+            ) from error
+        if network != config:
+            raise ValueError(f"config: {folder} was started with {network}, got {config}")
         free = {name: getattr(settings, name) for name in ("images", "minutes", "cooldown", "checkpoint_minutes")}
         if replace(stored, **free) != settings:
             raise ValueError(
                 f"settings: {folder} was started with {stored}; only {', '.join(free)} may change on resume"
             )
-        run = cls(UNetConfig(**card["config"]), settings, device)
-        tensors = load_file(folder / "checkpoint.safetensors")
+        run = cls(config, settings, device)
         for prefix, module in (("network.", run.network), ("average.", run.average)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         state: dict[int, dict[str, Tensor]] = {}
@@ -181,23 +199,27 @@ def train(
     """Train and write ``out``/weights.safetensors, its card ``weights.json`` and ``loss.png``; returns the weights' path.
 
     A run killed at any moment continues from the last checkpoint in ``out`` when called again (``resume=True``) and then
-    makes the same draws it would have made.
+    makes the same draws it would have made. ``resume=False`` starts over and forgets the run that is there.
     """
     settings = settings or TrainSettings()
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    target = torch.device(device)
+    folder, target = Path(out), torch.device(device)
     if images.pixels.shape[1:] != (config.in_channels, config.resolution, config.resolution):
         raise ValueError(
             f"config: a network for [{config.in_channels}, {config.resolution}, {config.resolution}] cannot learn images "
             f"of {list(images.pixels.shape[1:])}"
         )
-    fresh = not (resume and (folder / "checkpoint.safetensors").exists())
-    run = Run(config, settings, target) if fresh else Run.resume(folder, settings, target)
+    if config.num_classes and images.num_classes != config.num_classes:
+        raise ValueError(
+            f"config: num_classes = {config.num_classes}, but the images have {images.num_classes or 'none'}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.safetensors"
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
+    run = Run.resume(folder, config, settings, target) if checkpoint.exists() else Run(config, settings, target)
 
     total = math.ceil(settings.images / settings.batch)
     started, saved, shown = time.monotonic(), time.monotonic(), 0.0
-    window: list[float] = []
     with tqdm(total=total, initial=run.step, unit="step", disable=not progress, desc="train denoiser") as bar:
         while run.step < total and run.seconds < settings.minutes * 60:
             index = torch.randint(len(images), (settings.batch,), generator=run.draws)
@@ -205,14 +227,11 @@ def train(
             value = run.train_step(y.to(target), None if labels is None else labels.to(target))
             if not math.isfinite(value):
                 raise FloatingPointError(f"loss: {value} at step {run.step}; the last good state is in {folder}")
-            window.append(value)
+            run.record(value)
             bar.update()
             now = time.monotonic()
             run.seconds += now - started
             started = now
-            if len(window) == 100:
-                run.curve.append((run.step, sum(window) / len(window)))
-                window.clear()
             if now - shown > 1:
                 shown = now
                 bar.set_postfix(loss=f"{run.curve[-1][1] if run.curve else value:.4f}", refresh=False)
@@ -267,18 +286,26 @@ def plot_curve(curve: list[tuple[int, float]], path: Path) -> None:
     axes.plot([k for k, _ in curve], [v for _, v in curve], linewidth=1)
     axes.set(xlabel="step", ylabel="EDM loss (mean of 100 steps)", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    part = path.with_name("." + path.name)
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    with _whole(path) as part:
+        figure.savefig(part, format="png", dpi=120)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part)
-    os.replace(part, path)
+    with _whole(path) as part:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part)
 
 
 def write_json(path: Path, value: Any) -> None:
+    with _whole(path) as part:
+        part.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; it takes the place of ``path`` when all is well, else it is removed."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
