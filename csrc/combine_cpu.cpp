@@ -164,7 +164,7 @@ std::atomic<const Isa*> chosen{best()};
 // Below this many elements per thread a parallel region (some 5 us with cold threads) costs more than it saves.
 constexpr int64_t kGrain = 16384;
 // Shares are handed out in pieces, so that a thread that was interrupted does not hold up the others.
-constexpr int64_t kPiece = 65536;
+[[maybe_unused]] constexpr int64_t kPiece = 65536;
 
 template <class Work>
 void shared_out(int64_t total, int threads, const Work& work) {
