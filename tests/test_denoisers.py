@@ -16,6 +16,7 @@ from fastode.denoisers import Clip, DynamicThreshold, Empirical, Gaussian, Gauss
 from fastode.denoisers.analytic import integrate
 from fastode.denoisers.precondition import edm_scalings
 from fastode.schedules import EDM, VE, Cosine, Discrete, Flow, Grid, Level, SubVP, VPLinear
+from tests import tiny_model
 from tests.conftest import make_grid, relative, start
 
 LOWERED = [name for name in ("torch", "native") if BACKENDS[name].missing(torch.device("cpu")) is None]
@@ -564,8 +565,8 @@ class Narrow(nn.Module):
         self.seen: list[torch.dtype] = []
 
     def forward(self, x, c_noise):
-        self.seen += [x.dtype, c_noise.dtype]
-        return torch.tanh(self.weight * x + c_noise[:, None])
+        self.seen.append(x.dtype)
+        return torch.tanh(self.weight * x + c_noise[:, None].to(x.dtype))
 
 
 @pytest.mark.parametrize("backend", LOWERED)
@@ -591,7 +592,7 @@ def test_transforms_are_applied_where_the_definition_applies_them(backend, wrap,
 def test_bfloat16_network_under_a_float32_state(backend):
     """Every estimate errs by at most 2^-9 (see below); five Euler steps add up to five such errors at most.
 
-    F is told x and c_noise rounded to 8 bits and rounds w x + c and tanh again: |dF| < 4 2^-9 with |F'| <= 1 and x, c of
+    F sees x and c_noise rounded to 8 bits and rounds w x + c and tanh again: |dF| < 4 2^-9 with |F'| <= 1 and x, c of
     order 1; c_out <= sigma_data = 0.5 halves it. A state kept in bfloat16 would err by 2^-9 of sigma = 20 instead.
     """
     x = start(Grid([*GRID, 0.02]), (64, 6), dtype=torch.float32)
@@ -668,3 +669,34 @@ def test_a_network_may_return_its_input(backend):
     same = fastode.sample(lambda x, s: x, x, solver="heun", grid=GRID, backend=backend)
     copied = fastode.sample(lambda x, s: x.clone(), x, solver="heun", grid=GRID, backend=backend)
     assert torch.equal(same, copied)
+
+
+@pytest.mark.parametrize("backend", ["reference", *LOWERED])
+def test_a_narrow_network_is_told_the_level_in_full(backend):
+    """A label of 999 is no bfloat16 number (992, 996, 1000 are), so labels stay float32 where the images do not."""
+    told = []
+
+    class Labelled(Narrow):
+        def forward(self, x, c_noise):
+            told.append((x.dtype, c_noise.dtype, c_noise.tolist()))
+            return super().forward(x, 0 * c_noise.to(x.dtype))
+
+    schedule = Discrete.linear()
+    d = Denoiser(Labelled(), "eps", schedule)
+    grid = fastode.schedules.linspace(schedule, 3)
+    fastode.sample(d, start(grid, (2, 6), dtype=torch.float32), solver="ddim", grid=grid, backend=backend)
+    assert [t[:2] for t in told] == [(torch.bfloat16, torch.float32)] * 3
+    assert [t[2] for t in told] == [[999.0] * 2, [666.0] * 2, [333.0] * 2]
+
+
+def test_the_bundled_architecture_in_narrow_types():
+    """bfloat16 weights and images, float32 angles of the noise embedding: the raw output errs by a few 2^-9."""
+    net, wide = (tiny_model.network() for _ in range(2))
+    net = net.to(torch.bfloat16)
+    assert torch.equal(net.noise.frequencies, wide.noise.frequencies)
+    x, c = torch.randn(4, 1, 8, 8), torch.tensor([1.1, 0.3, -0.5, -1.55])
+    with torch.no_grad():
+        got, want = net(x.bfloat16(), c), wide(x, c)
+    assert got.dtype == torch.bfloat16
+    # some twenty layers, each rounding activations of order 1 by 2^-9, in quadrature: 20^0.5 2^-9 = 0.9%, four times that
+    assert float((got.float() - want).norm() / want.norm()) < 0.035

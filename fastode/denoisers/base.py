@@ -37,10 +37,10 @@ class Condition:
 class Denoiser:
     """D(x; sigma) = E[x_0 | x] from a network.
 
-    ``network(x, c_noise, class_labels=..., **cond)`` is called with [B, *sample] in its own dtype and ``c_noise`` [B]; for
-    ``prediction="denoised"`` it is called as ``network(x, sigma, ...)`` in the EDM frame (x = x_0 + sigma n), with sigma a
-    tensor without dimensions (or [B, 1, ...] when it differs between samples), as the analytic denoisers and EDM's
-    preconditioned networks expect.
+    ``network(x, c_noise, class_labels=..., **cond)`` is called with [B, *sample] in its own dtype and ``c_noise`` [B] in
+    float32 or wider; for ``prediction="denoised"`` it is called as ``network(x, sigma, ...)`` in the EDM frame (x = x_0 +
+    sigma n), with sigma a tensor without dimensions (or [B, 1, ...] when it differs between samples), as the analytic
+    denoisers and EDM's preconditioned networks expect.
 
     ``prediction``: "edm" (raw network of EDM preconditioning, ``sigma_data``), "eps", "x0", "v", "flow" or "denoised".
     ``schedule``: the noise schedule the network was trained on; by default VP-linear for eps, x0, v and Flow for flow.
@@ -201,8 +201,12 @@ class Denoiser:
         return raw
 
     def c_noise(self, value: Any, net_in: Tensor) -> Tensor:
-        """``c_noise`` as the network takes it: [B] for networks, no dimension for plain denoisers."""
-        tensor = torch.as_tensor(value, device=net_in.device, dtype=net_in.dtype)
+        """``c_noise`` as the network takes it: [B] for networks, no dimension for plain denoisers.
+
+        At least float32 also where the network is narrower: in bfloat16 label 999 would be 1000, and 997 would be 996.
+        """
+        dtype = torch.promote_types(net_in.dtype, torch.float32)
+        tensor = torch.as_tensor(value, device=net_in.device, dtype=dtype)
         if self.prediction == "denoised":
             return tensor
         return tensor.reshape(-1).expand(net_in.shape[0])

@@ -10,7 +10,7 @@ and knows nothing about ``sigma``: what its output means is decided in :mod:`fas
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,7 +66,10 @@ def _zero(module: nn.Module) -> nn.Module:
 
 
 class NoiseEmbedding(nn.Module):
-    """Sines and cosines of ``c_noise`` ([B], = ln(sigma)/4 for EDM) at geometric frequencies 1/2 .. 32: [B, width]."""
+    """Sines and cosines of ``c_noise`` ([B], = ln(sigma)/4 for EDM) at geometric frequencies 1/2 .. 32: [B, width].
+
+    Computed in float32 also in a narrower network: an angle of 35 with 8 bits is wrong by 0.1.
+    """
 
     frequencies: Tensor
 
@@ -74,6 +77,12 @@ class NoiseEmbedding(nn.Module):
         super().__init__()
         frequencies = torch.exp(torch.linspace(math.log(0.5), math.log(32.0), width // 2))
         self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseEmbedding:
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angle = c_noise[:, None] * self.frequencies
