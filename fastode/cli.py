@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, FileNotFoundError, ImportError, KeyError) as error:
-        print(f"fastode {arguments.command}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, KeyError, FloatingPointError) as error:
+        print(f"fastode {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -111,15 +111,19 @@ def _train_arguments(t: argparse.ArgumentParser) -> None:
 def _sample(a: argparse.Namespace) -> None:
     import torch
 
-    from fastode.denoisers import Guidance
+    from fastode.denoisers import Condition, Guidance
     from fastode.engine import Engine
-    from fastode.evaluate.pictures import save_samples
+    from fastode.evaluate.pictures import check_target, save_samples
     from fastode.evaluate.summary import print_run
     from fastode.models import load
+    from fastode.noise import check_seeds
     from fastode.solvers import SOLVERS
 
+    check_target(a.out)
+    if a.batch < 1:
+        raise ValueError(f"batch: must be at least 1, got {a.batch}")
     device = _device(a.device)
-    seeds = _numbers("seeds", a.seeds)
+    seeds = check_seeds(_numbers("seeds", a.seeds)).tolist()
     denoiser = load(a.model, device=device).to(getattr(torch, a.dtype))
     labels = None
     if denoiser.num_classes:
@@ -127,17 +131,20 @@ def _sample(a: argparse.Namespace) -> None:
         labels = [cycle[i % len(cycle)] for i in range(len(seeds))]
     elif a.labels is not None:
         raise ValueError(f"labels: {denoiser.name} is not class-conditional")
-    solver = SOLVERS[a.solver]
-    program = _program(a, solver, denoiser.schedule)
+    guidance = Guidance() if a.guidance is not None else None
+    everyone = Condition(None if labels is None else torch.tensor(labels))
+    denoiser.check_condition(len(seeds), everyone, guidance)  # a wrong label in the last batch is an error now
+    program = _program(a, SOLVERS[a.solver], denoiser.schedule)
     assert denoiser.sample_shape is not None
     engines: dict[int, Engine] = {}
     parts, started = [], time.perf_counter()
     for i in range(0, len(seeds), a.batch):
         rows = seeds[i : i + a.batch]
         shape = (len(rows), *denoiser.sample_shape)
-        guidance = Guidance() if a.guidance is not None else None
-        engine = engines.setdefault(len(rows), Engine(program, denoiser, shape, a.backend, guidance=guidance))
+        if len(rows) not in engines:
+            engines[len(rows)] = Engine(program, denoiser, shape, a.backend, guidance=guidance)
         chosen = None if labels is None else labels[i : i + a.batch]
+        engine = engines[len(rows)]
         parts.append(engine(seeds=rows, class_labels=chosen, guidance_scale=a.guidance, progress=True).cpu())
     seconds = time.perf_counter() - started
     path = save_samples(torch.cat(parts), a.out, labels=labels, seeds=seeds)
@@ -237,7 +244,13 @@ def _info(_: argparse.Namespace) -> None:
 def _device(name: str | None) -> str:
     import torch
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -344,6 +345,8 @@ class Engine:
             raise ValueError("guidance_scale: this engine is guided and needs a strength (a number, or one per sample)")
         value = torch.as_tensor(scale, dtype=torch.float64)
         if value.ndim == 0:
+            if not (value.requires_grad or math.isfinite(value)):
+                raise ValueError(f"guidance_scale: must be finite, got {float(value)}")
             return {GUIDANCE_SCALE: float(value) if not value.requires_grad else value}
         if value.shape != self.shape[:1]:
             raise ValueError(

@@ -68,11 +68,21 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     return target
 
 
+def check_target(path: str | Path) -> Path:
+    """``path`` if :func:`save_samples` can write there. Raises ``ValueError`` otherwise; to be asked before the work."""
+    target = Path(path)
+    if target.suffix not in (".png", ".npz", ""):
+        raise ValueError(f"out: must end in .png, .npz or be a folder, got {str(path)!r}")
+    if target.exists() and target.is_dir() == bool(target.suffix):
+        raise ValueError(f"out: {str(path)!r} exists and is {'a folder' if target.suffix else 'a file'}")
+    return target
+
+
 def save_samples(
     samples: Tensor, path: str | Path, *, labels: Sequence[int] | None = None, seeds: Sequence[int]
 ) -> Path:
     """Write samples as a PNG grid (``.png``), as arrays (``.npz``), or as one PNG each (a folder)."""
-    target = Path(path)
+    target = check_target(path)
     if target.suffix == ".npz":
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.{os.getpid()}.npz")
@@ -88,8 +98,6 @@ def save_samples(
     if target.suffix == ".png":
         columns = max(1, min(10, len(samples)))
         return save_image(picture_grid(samples, columns=columns), target)
-    if target.suffix:
-        raise ValueError(f"out: must end in .png, .npz or be a folder, got {str(path)!r}")
     target.mkdir(parents=True, exist_ok=True)
     for k, pixels in enumerate(to_uint8(samples)):
         name = f"{seeds[k]:06d}" + (f"_class{labels[k]}" if labels is not None else "") + ".png"
