@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 
+import fastode
 from fastode import GRIDS, Grid
 from fastode.schedules import (
     EDM,
@@ -657,3 +658,23 @@ def test_gradients_through_grids():
     assert not Grid(sigmas.detach()).sigma.requires_grad
     assert isinstance(Grid(sigmas)[0].sigma, torch.Tensor)
     assert isinstance(Grid(sigmas.detach())[0].sigma, float)
+
+
+@pytest.mark.parametrize("name", list(fastode.SOLVERS))
+def test_gradients_through_every_solver_from_pure_noise_to_data(name):
+    """A learned flow grid: its inner times have the gradients of finite differences; its two ends are fixed."""
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    network = fastode.Denoiser(lambda y, t: torch.tanh(y) * (1 + t[:, None]), "flow")
+
+    def loss(t: torch.Tensor) -> torch.Tensor:
+        return fastode.sample(network, x, solver=name, grid=Grid(t, 1 - t, schedule=Flow())).square().sum()
+
+    t = torch.tensor([1.0, 0.7, 0.4, 0.1, 0.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(t), t)
+    assert (float(slope[0]), float(slope[-1])) == (0.0, 0.0)
+    for i in (1, 2, 3):
+        h = torch.zeros(5, dtype=torch.float64).index_fill(0, torch.tensor(i), 1e-6)
+        with torch.no_grad():
+            numeric = float(loss(t + h) - loss(t - h)) / 2e-6
+        # rounding 1e-16 / 1e-6 of a loss of order 10, and h^2 times third derivatives
+        assert float(slope[i]) == pytest.approx(numeric, rel=1e-6, abs=1e-7)

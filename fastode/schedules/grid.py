@@ -113,9 +113,9 @@ class Grid:
             if time.shape != levels.shape:
                 raise ValueError(f"t: must have {len(levels)} entries like sigma, got shape {tuple(time.shape)}")
         elif schedule is not None:
-            time = schedule.time(levels / scale)
+            time = schedule.time(_ratio(levels, scale))
         else:
-            time = levels / scale
+            time = _ratio(levels, scale)
         for key, value in (("sigma", levels), ("alpha", scale), ("t", time), ("schedule", schedule), ("name", name)):
             object.__setattr__(self, key, value)
 
@@ -131,7 +131,7 @@ class Grid:
     @property
     def sigmas(self) -> Tensor:
         """Levels in the EDM frame, sigma / alpha: float64 [n + 1]."""
-        return self.sigma / self.alpha
+        return _ratio(self.sigma, self.alpha)
 
     @property
     def steps(self) -> int:
@@ -144,9 +144,10 @@ class Grid:
     def __getitem__(self, index: int) -> Level:
         i = range(len(self))[index]
         alpha, sigma, t = self.alpha[i], self.sigma[i], self.t[i]
-        if alpha.requires_grad or sigma.requires_grad:
+        # Pure noise and data are fixed, also on a learned grid: solvers take other formulas there, by exact zeros.
+        if (alpha.requires_grad or sigma.requires_grad) and bool(alpha != 0) and bool(sigma != 0):
             return Level(alpha, sigma, t, i)
-        return Level(float(alpha), float(sigma), float(t), i)
+        return Level(float(alpha.detach()), float(sigma.detach()), float(t.detach()), i)
 
     def __iter__(self) -> Iterator[Level]:
         return (self[i] for i in range(len(self)))
@@ -190,7 +191,9 @@ class Grid:
         """The inner level at time ``t_s + share (t_t - t_s)``; without a schedule, time is the EDM-frame sigma."""
         time = s.t + share * (t.t - s.t)
         if self.schedule is not None:
-            return Level(float(self.schedule.alpha(time)), float(self.schedule.sigma(time)), time)
+            alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
+            learned = isinstance(time, Tensor) and time.requires_grad
+            return Level(alpha, sigma, time) if learned else Level(float(alpha), float(sigma), time)
         rho = s.rho + share * (t.rho - s.rho)
         alpha = s.alpha + share * (t.alpha - s.alpha)
         return Level(alpha, alpha * rho, time)
@@ -218,6 +221,12 @@ def _levels(name: str, values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float64) if not isinstance(values, Tensor) else values.double().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: must be a sequence of numbers, got {type(values).__name__}") from error
+
+
+def _ratio(sigma: Tensor, alpha: Tensor) -> Tensor:
+    """sigma / alpha, infinite where alpha = 0, and without a gradient there."""
+    noise = alpha == 0
+    return torch.where(noise, math.inf, sigma / torch.where(noise, 1.0, alpha))
 
 
 def _first_bad(values: Tensor, bad: Tensor) -> str:

@@ -394,7 +394,11 @@ class Flow(NoiseSchedule):
 
     def time(self, rho: Number) -> Tensor:
         rho = _tensor(rho)
-        return torch.where(torch.isinf(rho), torch.ones_like(rho), rho / (1 + rho))
+        noise = torch.isinf(rho)
+        finite = torch.where(
+            noise, torch.zeros_like(rho), rho
+        )  # both branches of where have gradients: none may be NaN
+        return torch.where(noise, torch.ones_like(rho), finite / (1 + finite))
 
     def label(self, t: Number) -> Tensor:
         return _tensor(t) * self.label_scale
