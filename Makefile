@@ -56,7 +56,7 @@ bench: $(VENV)/.stamp-bench  ## all benchmarks
 	@$(PY) -m benchmarks.run $(ARGS)
 
 results: $(VENV)/.stamp-test  ## the README's table and pictures, measured anew
-	@$(PY) -m benchmarks.quality --nfe 5 --samples 1000 --readme README.md
+	@$(PY) -m benchmarks.quality --nfe 5 --samples 1000 --screen 50 --dtype bfloat16 --readme README.md
 	@$(VENV)/bin/fastode demo --out docs
 
 lint: $(VENV)/.stamp-dev  ## ruff and clang-format, changing nothing

@@ -15,7 +15,7 @@ from fastode.evaluate.summary import print_run
 from fastode.models import load
 from fastode.solvers import SOLVERS
 
-SOLVER, NFE = "ipndm", 5
+SOLVER, GRID, NFE = "unipc", "time_uniform", 5
 
 
 def run(out: Path, device: str) -> None:
@@ -23,7 +23,7 @@ def run(out: Path, device: str) -> None:
     denoiser = load("mnist", device=device)
     assert denoiser.sample_shape is not None and denoiser.schedule is not None
     solver = SOLVERS[SOLVER]
-    grid, options = solver.plan(NFE, grid_maker(solver, denoiser.schedule))
+    grid, options = solver.plan(NFE, grid_maker(solver, denoiser.schedule, GRID))
     program = solver(grid, **options)
     labels = [c for c in range(10) for _ in range(8)]
     engine = Engine(program, denoiser, (len(labels), *denoiser.sample_shape))
