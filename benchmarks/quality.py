@@ -84,7 +84,7 @@ def main() -> None:
     assert denoiser.schedule is not None
     wanted = torch.arange(a.samples) % 10
     todo = plans(a.nfe, denoiser)
-    batches, screens = -(-a.samples // a.batch), -(-a.screen // a.batch)
+    batches, screens = -(-a.samples // a.batch), -(-a.screen // min(a.screen, a.batch))
     rows: list[dict[str, Any]] = []
     edm, unipc = SOLVERS["edm"], SOLVERS["unipc"]
     full = edm(grid_maker(edm, denoiser.schedule)(steps=18, final="zero"))
@@ -94,7 +94,9 @@ def main() -> None:
         truth, _ = draw(converged, denoiser, a.samples, a.batch, bar)
         best = [full]
         for programs in todo.values():
-            errors = [rmse(draw(p, denoiser, a.screen, a.batch, bar)[0], truth[: a.screen]) for p in programs]
+            errors = [
+                rmse(draw(p, denoiser, a.screen, min(a.screen, a.batch), bar)[0], truth[: a.screen]) for p in programs
+            ]
             best.append(programs[errors.index(min(errors))])
         guided, _ = draw(full, denoiser, a.samples, a.batch, bar, a.guidance)
         for program in best:
