@@ -136,7 +136,7 @@ class Denoiser:
                 wrong = labels[(labels < 0) | (labels > top)]
                 if wrong.numel():
                     raise ValueError(f"class_labels: must be in 0 .. {top}, got {int(wrong[0])}")
-            labels = labels.to(device=self.device, dtype=torch.int64)
+            labels = labels.to(device=self.device, dtype=torch.int64, non_blocking=True)  # the host need not wait
         for name in condition.cond:
             if not self._takes(name):
                 raise ValueError(f"cond: {self.name} takes no argument {name!r}")
