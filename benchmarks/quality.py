@@ -113,7 +113,7 @@ def main() -> None:
                 }
             )
     report = {
-        "command": f"python -m benchmarks.quality --nfe {a.nfe} --samples {a.samples} --dtype {a.dtype}",
+        "command": f"python -m benchmarks.quality --nfe {a.nfe} --samples {a.samples} --screen {a.screen} --dtype {a.dtype}",
         "model": {k: denoiser.card.get(k) for k in ("name", "data", "parameters", "steps", "images_seen", "loss")},
         "samples": a.samples,
         "dtype": a.dtype,
