@@ -59,7 +59,7 @@ class Seeds:
         self.seeds = torch.arange(batch)
 
     def __call__(self, index: int) -> Tensor:
-        raise NotImplementedError("the backend makes these itself")
+        raise RuntimeError("the backend makes these itself")
 
 
 @dataclass
