@@ -1,0 +1,11 @@
+"""The commands of ``fastode``, one file each: ``add(commands)`` declares it, and its ``run`` does the work.
+
+``COMMANDS`` lists them in the order of the help. A command imports what it needs when it runs: ``fastode --help`` loads
+no torch.
+"""
+
+from __future__ import annotations
+
+from fastode.commands import demo, describe, info, sample, solvers, train
+
+COMMANDS = (sample, solvers, describe, train, demo, info)
