@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from fastode.files import write_json, write_tensors
 from fastode.learn.data import Images, load_images
-from fastode.learn.denoiser import write_json, write_tensors
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 

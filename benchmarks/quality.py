@@ -28,7 +28,7 @@ from benchmarks import classifier
 from fastode import SOLVERS, Engine, load
 from fastode.api import grid_maker
 from fastode.denoisers import Denoiser
-from fastode.learn.denoiser import write_json
+from fastode.files import write_json
 from fastode.program import Program
 
 RESULTS = Path(__file__).with_name("results") / "quality.json"

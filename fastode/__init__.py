@@ -1,6 +1,7 @@
 """fastode: a sampling engine for diffusion models. Images in about five network evaluations."""
 
 from fastode.api import sample
+from fastode.artifact import Artifact
 from fastode.buckets import Buckets
 from fastode.denoisers import Denoiser, Guidance
 from fastode.engine import Engine, NonFiniteError, Result
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GRIDS",
     "SOLVERS",
+    "Artifact",
     "Buckets",
     "Denoiser",
     "Engine",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastode.artifact import Artifact
 from fastode.denoisers.base import Denoiser
 from fastode.denoisers.guidance import Guidance
 from fastode.engine import Callback, Engine, NoiseSource
@@ -28,7 +30,7 @@ def sample(
     denoiser: Denoiser | Callable[..., Any],
     x: Any = None,
     *,
-    solver: str | Solver = "dpm_solver_pp",
+    solver: str | Solver | Artifact = "dpm_solver_pp",
     grid: Grid | ArrayLike | Sequence[float] | None = None,
     nfe: int | None = None,
     class_labels: Tensor | Sequence[int] | int | None = None,
@@ -54,7 +56,8 @@ def sample(
             tensor, or an array of NumPy, CuPy, JAX or anything with DLPack, which is then also what is returned, without
             copies on the same device. May be left out when ``seeds`` (or one generator per sample) are given and the
             denoiser knows its sample shape.
-        solver: a name in ``SOLVERS`` or a :class:`Solver`.
+        solver: a name in ``SOLVERS``, a :class:`Solver`, or a learned solver: an :class:`Artifact` or the path of its file
+            (which brings its own grid and options).
         grid: a :class:`Grid`, or EDM-frame sigmas taken as given, nothing appended. Or leave it out and give ``nfe``: then
             the solver's usual grid is made with exactly that many evaluations.
         class_labels, cond: conditions; ``guidance_scale`` (a number or one per sample) turns on classifier-free guidance,
@@ -67,20 +70,31 @@ def sample(
     Raises ``ValueError`` or ``TypeError`` naming the argument before anything is computed.
     """
     d = Denoiser.of(denoiser)
-    chosen = solver if isinstance(solver, Solver) else SOLVERS[solver]
-    chosen.check(options)
     given, back = x, None
+    artifact = learned(solver)
+    if artifact is not None:
+        if grid is not None or nfe is not None or options:
+            extra = "grid" if grid is not None else "nfe" if nfe is not None else next(iter(options))
+            raise ValueError(f"{extra}: a learned solver brings its own grid and options; leave it out")
+        artifact.check(d, guidance_scale=guidance_scale)
+    else:
+        assert not isinstance(solver, Artifact)
+        chosen = solver if isinstance(solver, Solver) else SOLVERS[solver]
+        chosen.check(options)
     if x is not None:
         x, back = to_torch("x", x)
     if x is not None and not x.dtype.is_floating_point:
         raise TypeError(f"x: must be floating point, got {x.dtype}")
-    if (grid is None) == (nfe is None):
+    if artifact is not None:
+        program = artifact.program()
+    elif (grid is None) == (nfe is None):
         raise ValueError("grid: give a grid, or nfe to have one made" + (", not both" if grid is not None else ""))
-    if nfe is not None:
+    elif nfe is not None:
         assert d.schedule is not None
         levels, options = chosen.plan(nfe, grid_maker(chosen, d.schedule), **options)
+        program = chosen(levels, **options)
     else:
-        levels = Grid.of(grid)  # type: ignore[arg-type]
+        program = chosen(Grid.of(grid), **options)  # type: ignore[arg-type]
     if x is not None:
         shape: tuple[int, ...] = tuple(x.shape)
     elif seeds is not None and d.sample_shape is not None:
@@ -91,10 +105,10 @@ def sample(
         raise ValueError("x: give the state at the first level, or seeds with a denoiser that knows its sample shape")
     guided = guidance or (Guidance() if guidance_scale is not None else None)
     engine = Engine(
-        chosen(levels, **options),
+        program,
         d,
         shape,
-        _differentiable(backend, x, levels, guidance_scale),
+        _differentiable(backend, x, program.grid, guidance_scale),
         device=None if x is None else x.device,
         dtype=torch.float64 if x is not None and x.dtype == torch.float64 else torch.float32,
         guidance=guided,
@@ -118,6 +132,15 @@ def sample(
     if return_trajectory:
         return replace(made, samples=back(made.samples), states=[back(state) for state in made.states])
     return back(made)
+
+
+def learned(solver: Any) -> Artifact | None:
+    """The artifact that ``solver`` is or names, if it is no solver."""
+    if isinstance(solver, Artifact):
+        return solver
+    if isinstance(solver, os.PathLike) or (isinstance(solver, str) and solver.endswith(".safetensors")):
+        return Artifact.load(solver)
+    return None
 
 
 def grid_maker(solver: Solver, schedule: NoiseSchedule, name: str | None = None, **kwargs: Any) -> Callable[..., Grid]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import fastode
-from fastode import Denoiser
+from fastode import Denoiser, files
 from fastode.denoisers import Gaussian
 from fastode.learn import denoiser as learn
 from fastode.learn.data import Images, load_images
@@ -224,7 +224,7 @@ def test_a_killed_run_continues_bitwise(tmp_path, images, unbroken, monkeypatch,
     """Killed in a step, or while any of its files is written; called again, it ends with the same weights to the bit."""
     settings = TrainSettings(**SAVE_ALWAYS)
     with monkeypatch.context() as patch:
-        kill_at(patch, *((Run, "train_step") if what == "step" else (learn.os, "replace")), count)
+        kill_at(patch, *((Run, "train_step") if what == "step" else (files.os, "replace")), count)
         with pytest.raises(Killed):
             train(images, tmp_path, config=CONFIG, settings=settings, progress=False)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # no fragments

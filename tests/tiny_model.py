@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastode.learn.denoiser import write_json, write_tensors
+from fastode.files import write_json, write_tensors
 from fastode.models import FORMAT
 from fastode.nets.unet import UNet, UNetConfig
 

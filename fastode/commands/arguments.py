@@ -7,7 +7,11 @@ from typing import Any
 
 
 def solver_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--solver", default="dpm_solver_pp", help="see `fastode solvers` (default %(default)s)")
+    p.add_argument(
+        "--solver",
+        default="dpm_solver_pp",
+        help="see `fastode solvers`, or the .safetensors of a learned solver (default %(default)s)",
+    )
     p.add_argument("--nfe", type=int, default=None, help="exactly this many evaluations (default 5)")
     p.add_argument("--steps", type=int, default=None, help="this many steps, whatever they cost")
     p.add_argument("--grid", default=None, help="placement of the levels (default: the solver's usual one)")
@@ -26,9 +30,19 @@ def model_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
-def compile_program(a: argparse.Namespace, solver: Any, schedule: Any) -> Any:
-    from fastode.api import grid_maker
+def compile_program(a: argparse.Namespace, schedule: Any, denoiser: Any = None) -> Any:
+    """The program that ``--solver`` and its companions ask for; a learned solver must fit ``denoiser``."""
+    from fastode.api import grid_maker, learned
+    from fastode.solvers import SOLVERS
 
+    artifact = learned(a.solver)
+    if artifact is not None:
+        if a.nfe is not None or a.steps is not None or a.grid is not None or a.option:
+            raise ValueError("solver: a learned solver brings its own grid, evaluations and options; leave them out")
+        if denoiser is not None:
+            artifact.check(denoiser, guidance_scale=getattr(a, "guidance", None))
+        return artifact.program()
+    solver = SOLVERS[a.solver]
     options = dict(option(text) for text in a.option)
     make = grid_maker(solver, schedule, a.grid)
     if a.steps is not None:

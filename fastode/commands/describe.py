@@ -19,10 +19,9 @@ def add(commands: Any) -> None:
 def run(a: argparse.Namespace) -> None:
     from fastode.models import load
     from fastode.schedules import EDM
-    from fastode.solvers import SOLVERS
 
     schedule = EDM() if a.model is None else load(a.model).schedule
-    program = compile_program(a, SOLVERS[a.solver], schedule)
+    program = compile_program(a, schedule)
     print(program.describe())
     if a.save is not None:
         program.save(a.save)

@@ -31,7 +31,6 @@ def run(a: argparse.Namespace) -> None:
     from fastode.evaluate.summary import print_run
     from fastode.models import load
     from fastode.noise import check_seeds
-    from fastode.solvers import SOLVERS
 
     check_target(a.out)
     if a.batch < 1:
@@ -48,7 +47,7 @@ def run(a: argparse.Namespace) -> None:
     guidance = Guidance() if a.guidance is not None else None
     everyone = Condition(None if labels is None else torch.tensor(labels))
     denoiser.check_condition(len(seeds), everyone, guidance)  # a wrong label in the last batch is an error now
-    program = compile_program(a, SOLVERS[a.solver], denoiser.schedule)
+    program = compile_program(a, denoiser.schedule, denoiser)
     assert denoiser.sample_shape is not None
     engines: dict[int, Engine] = {}
     parts, started = [], time.perf_counter()

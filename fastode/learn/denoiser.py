@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastode.denoisers.precondition import edm_scalings
+from fastode.files import whole, write_json, write_tensors
 from fastode.learn.data import Images
 from fastode.nets.unet import UNet, UNetConfig, build, parameter_count
 
@@ -286,26 +284,5 @@ def plot_curve(curve: list[tuple[int, float]], path: Path) -> None:
     axes.plot([k for k, _ in curve], [v for _, v in curve], linewidth=1)
     axes.set(xlabel="step", ylabel="EDM loss (mean of 100 steps)", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    with _whole(path) as part:
+    with whole(path) as part:
         figure.savefig(part, format="png", dpi=120)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with _whole(path) as part:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part)
-
-
-def write_json(path: Path, value: Any) -> None:
-    with _whole(path) as part:
-        part.write_text(json.dumps(value, indent=2, default=str) + "\n")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; it takes the place of ``path`` when all is well, else it is removed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

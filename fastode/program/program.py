@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastode.files import write_tensors
 from fastode.program.form import Atom, Form
 from fastode.scalar import Late, Scalar, finite, show
 from fastode.schedules.grid import Grid, Level
@@ -292,8 +293,6 @@ class Program:
 
         Raises ``ValueError`` for programs with late numbers, which are saved as artifacts of their method instead.
         """
-        from safetensors.torch import save_file
-
         if self.late:
             names = sorted(late.name for late in self.late)
             raise ValueError(f"program: late coefficients {names} have no value to save")
@@ -331,13 +330,7 @@ class Program:
             "consistent": self.consistent,
             "options": {k: v for k, v in self.options.items() if isinstance(v, (str, int, float, bool, type(None)))},
         }
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            save_file(tensors, part, metadata={"fastode": json.dumps(header)})
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        write_tensors(path, tensors, {"fastode": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Program:

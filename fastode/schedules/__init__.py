@@ -1,7 +1,18 @@
 """Noise schedules, grids of levels, and ways to place them."""
 
 from fastode.schedules.grid import Grid, Level
-from fastode.schedules.noise import EDM, VE, Cosine, Discrete, Flow, NoiseSchedule, SubVP, VPLinear
+from fastode.schedules.noise import (
+    EDM,
+    VE,
+    Cosine,
+    Discrete,
+    Flow,
+    NoiseSchedule,
+    SubVP,
+    VPLinear,
+    schedule_from_dict,
+    schedule_to_dict,
+)
 from fastode.schedules.spacing import (
     GRIDS,
     ays,
@@ -40,6 +51,8 @@ __all__ = [
     "log_snr",
     "polynomial",
     "quadratic",
+    "schedule_from_dict",
+    "schedule_to_dict",
     "time_uniform",
     "trailing",
 ]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -407,3 +408,23 @@ class Flow(NoiseSchedule):
 def _check_range(low_name: str, low: float, high_name: str, high: float) -> None:
     if not (math.isfinite(low) and math.isfinite(high) and 0 < low < high):
         raise ValueError(f"{low_name}, {high_name}: need 0 < {low_name} < {high_name} < inf, got {low} and {high}")
+
+
+def schedule_to_dict(schedule: NoiseSchedule | None) -> dict[str, Any] | None:
+    """A schedule as plain data for JSON; :func:`schedule_from_dict` makes an equal one of it."""
+    if schedule is None:
+        return None
+    return {"kind": type(schedule).__name__, **{f.name: getattr(schedule, f.name) for f in fields(schedule) if f.init}}  # type: ignore[arg-type]
+
+
+def schedule_from_dict(values: Mapping[str, Any] | None) -> NoiseSchedule | None:
+    """Raises ``ValueError`` for a kind of schedule that is not known, or fields that it does not have."""
+    if values is None:
+        return None
+    kinds: dict[str, Any] = {c.__name__: c for c in (EDM, VE, VPLinear, SubVP, Cosine, Discrete, Flow)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
+    try:
+        schedule: NoiseSchedule = kinds[values["kind"]](**given)
+        return schedule
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"schedule: must be one of {', '.join(kinds)} with its fields, got {values}") from error
