@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastode.backends import BACKENDS, choose, reference
-from fastode.backends.base import Buffers, Executor
+from fastode.backends.base import Buffers, Executor, make_numbers
 from fastode.denoisers.base import Condition, Denoiser
 from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
 from fastode.draws import Draws, Generated, Seeded
@@ -112,6 +112,7 @@ class Engine:
         self._free: dict[bool, queue.SimpleQueue[_Workspace]] = {False: queue.SimpleQueue(), True: queue.SimpleQueue()}
         for stage in program.stages:  # a level that the prediction cannot handle is an error now, not in the run
             self.denoiser.scaling(stage.level)
+            self.denoiser.check_outputs(stage.outputs)
         if self.backend != "reference":
             self._lower(watch=False)
 
@@ -230,11 +231,14 @@ class Engine:
         watcher: _Watcher,
         keep: bool,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        def denoise(x: Tensor, stage: Stage, late: Mapping[Late, Any]) -> Tensor:
+        def denoise(x: Tensor, stage: Stage, late: Mapping[Late, Any]) -> tuple[Tensor, dict[str, Tensor]]:
             def check(raw: Tensor) -> None:
                 self._check(stage, raw)
 
-            return self.denoiser.denoise(x, stage.level, condition, guidance=self.guidance, known=late, check=check)
+            names = [name for name in stage.outputs if name != "denoised"]
+            return self.denoiser.denoise_and_features(
+                x, stage.level, condition, guidance=self.guidance, known=late, check=check, names=names
+            )
 
         visit = watcher.visit
         made, values = reference.run(self.program, denoise, start, noise=source, known=known, visit=visit, keep=keep)
@@ -260,6 +264,7 @@ class Engine:
         # An executor that looks at the network outputs while it reads them saves a pass over each, 7 us for 4 elements.
         finite_by_update = self.check_finite and getattr(executor, "reports_finite", False)
         memo: dict[int, Any] = {}
+        numbers = dict(known)
         intact = True
         try:
             executor.load(known)
@@ -267,9 +272,9 @@ class Engine:
             for i, (call, c_noise) in enumerate(zip(lowered.calls, work.c_noise, strict=True)):
                 on = self.guidance if call.outputs > 1 else None
                 if c_noise is None:
-                    c_noise = denoiser.c_noise(evaluate(call.c_noise, known, memo), net_in)
+                    c_noise = denoiser.c_noise(evaluate(call.c_noise, numbers, memo), net_in)
                 version = net_in._version
-                outputs = denoiser.raw(net_in, c_noise, condition, on)
+                outputs, features = denoiser.raw_and_features(net_in, c_noise, condition, on, call.features)
                 if net_in._version != version or (work.c_noise[i] is not None and c_noise._version):
                     intact = False
                     raise RuntimeError("network: it changed its input in place; wrap it so that it works on a copy")
@@ -278,16 +283,17 @@ class Engine:
                     for raw in outputs:
                         self._check(call.stage, raw)
                 if transforms or watcher.wants(call.stage):
-                    state = self._state(call, work.buffers, known)
+                    state = self._state(call, work.buffers, numbers)
                     if watcher.wants(call.stage) and call.point.kind == "slot":
                         state = state.clone()  # the callback may keep it; the slot is written again
-                    denoised = denoiser.assemble(state, outputs, call.stage.level, on, known)
+                    denoised = denoiser.assemble(state, outputs, call.stage.level, on, numbers)
                     if watcher.visit(call.stage, state, denoised):
                         return state.clone(), self._states(lowered, work.buffers, i) if keep else []
                     if transforms:
                         outputs = (denoised,)
                 else:
                     watcher.visit(call.stage, None, None)
+                make_numbers(lowered, executor, i + 1, numbers, start, outputs, features)
                 if not executor.update(i + 1, start, outputs, result) and looked_at:
                     raise self._not_finite(call.stage)
             return result, self._states(lowered, work.buffers, len(lowered.calls)) if keep else []

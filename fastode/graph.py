@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastode.backends import BACKENDS
-from fastode.backends.base import Buffers
+from fastode.backends.base import Buffers, make_numbers
 from fastode.denoisers.base import Condition
 from fastode.scalar import Late, evaluate
 from fastode.shelf import GraphError, Key, Ring, Shelf, pays
@@ -177,6 +177,7 @@ class Run:
         )
         self.levels: list[Tensor] = []
         self.outputs: Any = ()
+        self.numbers: dict[Late, Any] = {}
 
     def fill(self, start: Tensor, condition: Condition, known: Mapping[Late, Any], source: Any) -> None:
         """Overwrite everything that a call may change."""
@@ -194,27 +195,49 @@ class Run:
         for k, tensor in enumerate(self.draws.given):
             tensor.copy_(source(k))
         self.executor.load(known)
+        self._keep_numbers(known)
         if not self.levels or any(isinstance(c.c_noise, Late) for c in self.lowered.calls):
             memo: dict[int, Any] = {}
-            new_levels = [
-                self.engine.denoiser.c_noise(evaluate(c.c_noise, known, memo), self.net_in) for c in self.lowered.calls
-            ]
-            if self.levels:
-                for level, value in zip(self.levels, new_levels, strict=True):
-                    level.copy_(value)
+            for i, call in enumerate(self.lowered.calls):  # those made in the run are written by the run itself
+                value = 1.0 if call.due else evaluate(call.c_noise, known, memo)
+                level = self.engine.denoiser.c_noise(value, self.net_in)
+                if i < len(self.levels):
+                    if not call.due:
+                        self.levels[i].copy_(level)
+                else:
+                    with torch.inference_mode(False):
+                        shape = (self.net_in.shape[0], *level.shape[1:]) if call.due else level.shape
+                        self.levels.append(level.expand(shape).clone())
+
+    def _keep_numbers(self, known: Mapping[Late, Any]) -> None:
+        """The call's late numbers at fixed places on the device, where numbers made in the run are computed from them."""
+        if not self.lowered.program.binds:
+            return
+        each = (self.start.shape[0], *[1] * (self.start.ndim - 1))
+        for late, value in known.items():
+            tensor = torch.as_tensor(value, dtype=torch.float64).expand(each)
+            if late in self.numbers:
+                self.numbers[late].copy_(tensor, non_blocking=True)
             else:
                 with torch.inference_mode(False):
-                    self.levels = [level.clone() for level in new_levels]
+                    self.numbers[late] = tensor.to(self.start.device, copy=True)
 
     def body(self) -> None:
         """All but the last update. ``call`` tells how far it got."""
         engine, last = self.engine, len(self.lowered.calls)
         self.call = -1
+        numbers, memo = dict(self.numbers), dict[int, Any]()
         for i in range(last):
             self.executor.update(i, self.start, self.outputs if i else (), self.unused)
             self.call = i
-            on = engine.guidance if self.lowered.calls[i].outputs > 1 else None
-            self.outputs = engine.denoiser.raw(self.net_in, self.levels[i], self.condition, on)
+            call = self.lowered.calls[i]
+            on = engine.guidance if call.outputs > 1 else None
+            level = self.levels[i]
+            if call.due:
+                level.copy_(engine.denoiser.c_noise(evaluate(call.c_noise, numbers, memo), self.net_in))
+            denoiser = engine.denoiser
+            self.outputs, features = denoiser.raw_and_features(self.net_in, level, self.condition, on, call.features)
+            make_numbers(self.lowered, self.executor, i + 1, numbers, self.start, self.outputs, features)
 
     def finish(self, result: Tensor) -> None:
         """The last update, into ``result`` [B, *sample]."""
@@ -372,8 +395,13 @@ class Graphs:
         if engine.denoiser.transforms:
             return "the denoiser has transforms, whose coefficients are not in a table"
         bakes = self._recorder is None or self._recorder.bakes
-        if bakes and engine._lower(watch=False).late and not getattr(BACKENDS[engine.backend], "device_tables", False):
-            return f"backend {engine.backend!r} takes its weights from the host, and some of them come with the call"
+        lowered = engine._lower(watch=False)
+        if (
+            bakes
+            and (lowered.late or lowered.program.binds)
+            and not getattr(BACKENDS[engine.backend], "device_tables", False)
+        ):
+            return f"backend {engine.backend!r} takes its weights from the host, and some of them come with the call or the run"
         return None
 
     def _refuse(self, kind: Key | None, reason: str) -> None:

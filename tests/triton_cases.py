@@ -333,3 +333,67 @@ def test_places():
     assert kernels.place(torch.empty(3, 7), True) == (True, 7)
     with pytest.raises(ValueError, match="dense"):
         kernels.combine([x], [x[..., :1].expand_as(x)], torch.ones(1), pattern=1)
+
+
+# -- numbers made in the run -----------------------------------------------------------------------------------------
+
+
+def looking(net=network):
+    """``net`` with a feature map to look at, [B, 3, 2, 2]."""
+
+    def offers(x, c_noise, class_labels=None, features=False):
+        raw = net(x, c_noise, class_labels)
+        flat = x.flatten(1).float()
+        seen = torch.stack([flat.mean(1), flat.square().mean(1), flat[:, 0]], 1)[:, :, None, None].expand(-1, 3, 2, 2)
+        return (raw, {"bottleneck": seen}) if features else raw
+
+    return Denoiser(offers, num_classes=4, null_label=3)
+
+
+def traced(formula, steps: int = 3) -> Program:
+    trace = Trace(karras(EDM(), steps))
+    trace.consistent = False
+    return trace.program(formula(trace))
+
+
+def looks(p: Trace):
+    x = p.start()
+    for s, t in itertools.pairwise(p.grid):
+        d = p.denoise(x, s)
+        (r,) = p.late(("r",), lambda f: (0.2 + 0.6 * torch.sigmoid(f.mean((1, 2, 3))),), outputs=("bottleneck",))
+        u = p.grid.between(s, t, r)
+        y = p.keep(u.sigma / s.sigma * x + (1 - u.sigma / s.sigma) * d)
+        x = p.land(x + (t.sigma - s.sigma) / u.sigma * (y - p.denoise(y, u)), t)
+    return x
+
+
+def measures(p: Trace):
+    x = p.start()
+    for s, t in itertools.pairwise(p.grid):
+        d, z = p.denoise(x, s), p.noise()
+        step = p.norm(z) / p.norm((x - d) / s.sigma)
+        x = p.land(t.sigma / s.sigma * x + (1 - t.sigma / s.sigma) * d + 0.1 * step * t.sigma * z + 0.01 * p.one(), t)
+    return x
+
+
+@pytest.mark.parametrize("formula", [looks, measures])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, SAME32), (torch.float64, SAME64)])
+def test_numbers_made_in_the_run(formula, dtype, tolerance):
+    program, denoiser = traced(formula), looking()
+    x = start(program.grid, SHAPE, dtype=dtype).to(DEVICE)
+    call = {"seeds": [3, 1, 4], "class_labels": [0, 1, 2], "guidance_scale": torch.tensor([0.0, 1.0, 2.5])}
+    # float64: the networks' features are made in float32 on both sides, from states that agree to 1e-13
+    runs = [Engine(program, denoiser, SHAPE, b, dtype=dtype, guidance=True)(x, **call) for b in ("reference", "triton")]
+    assert relative(runs[1], runs[0]) < (tolerance if dtype == torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_norms_do_not_depend_on_the_batch(last):
+    """To the last bit: the blocks that are summed are cut by the size of a sample alone."""
+    memory = torch.channels_last if last else torch.contiguous_format
+    program, denoiser = traced(measures), Denoiser(Net(memory_format=memory))
+    x = start(program.grid, SHAPE, dtype=torch.float32).to(DEVICE)
+    whole = Engine(program, denoiser, SHAPE, "triton")(x, seeds=[7, 8, 9])
+    for i in range(3):
+        alone = Engine(program, denoiser, (1, *SHAPE[1:]), "triton")(x[i : i + 1], seeds=[7 + i])
+        assert torch.equal(alone[0], whole[i])

@@ -48,13 +48,21 @@ class NativeExecutor(TorchExecutor):
         before = self._tables
         super().load(known)
         if self._tables is not before:
-            assert self._tables is not None
-            for index, rows in enumerate(self._tables):
-                if self._plans[index] is not None:
-                    self._native.load(index, *_pack(rows, self.buffers.net_in.shape))
+            self._hand_over(0)
         # The tensor of seeds is kept, since the module holds its address until the next call.
         self._seeds = self.noise.seeds
         self._native.begin(0 if self._seeds is None else self._seeds.data_ptr(), torch.get_num_threads())
+
+    def bind(self, index: int, known: Mapping[Late, Any]) -> None:
+        super().bind(index, known)
+        self._hand_over(index)
+
+    def _hand_over(self, due: int) -> None:
+        """Give the module the weights that became known before update ``due``."""
+        assert self._tables is not None
+        for i, rows in enumerate(self._tables):
+            if self._plans[i] is not None and self.lowered.due[i] == due:
+                self._native.load(i, *_pack(rows, self.buffers.net_in.shape))
 
     def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
         plan = self._plans[index]

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastode.program import Atom, Program, Stage, Table
+from fastode.program import Atom, Form, Program, Stage, Table
 from fastode.scalar import Late, evaluate
 
 
 def run(
     program: Program,
-    denoise: Callable[[Tensor, Stage, Mapping[Late, Any]], Tensor],
+    denoise: Callable[[Tensor, Stage, Mapping[Late, Any]], Tensor | tuple[Tensor, Mapping[str, Tensor]]],
     x: Tensor,
     *,
     noise: Callable[[int], Tensor] | None = None,
@@ -24,11 +24,12 @@ def run(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Execute ``program`` from ``x`` [B, *sample]; returns the result and the values still held (all, if ``keep``).
 
-    ``denoise(x, stage, known)`` returns the denoised estimate in the dtype of ``x``; ``noise(k)`` is draw k; ``known`` gives
-    the late numbers. ``visit(stage, x, denoised)`` is called after every evaluation; True ends the run there, and the
-    result is then the state that was evaluated.
+    ``denoise(x, stage, known)`` returns the denoised estimate in the dtype of ``x``, or that and the named outputs which the
+    stage asks for; ``noise(k)`` is draw k; ``known`` gives the late numbers that come with the call. ``visit(stage, x,
+    denoised)`` is called after every evaluation; True ends the run there, and the result is then the state evaluated.
     """
     values: dict[int, Tensor] = {0: x}
+    numbers: dict[Late, Any] = dict(known or {})
     memo: dict[int, Any] = {}
     last_use = _last_uses(program)
 
@@ -43,23 +44,28 @@ def run(
         assert output is not None
         return output
 
+    def total(form: Form, output: Tensor | None) -> Tensor:
+        total: Tensor | None = None
+        for atom, coefficient in form.terms.items():
+            c = evaluate(coefficient, numbers, memo)
+            c = c.to(device=x.device, dtype=x.dtype) if isinstance(c, Tensor) else c
+            source = read(atom, output)
+            term = source * c if isinstance(c, Tensor) or c != 1 else source
+            total = term if total is None else total + term
+        return x.new_zeros(()).expand_as(x) if total is None else total
+
     def apply(table: Table, output: Tensor | None) -> None:
-        new: dict[int, Tensor] = {}
-        for write, form in table.rows():
-            total: Tensor | None = None
-            for atom, coefficient in form.terms.items():
-                c = evaluate(coefficient, known or {}, memo)
-                c = c.to(device=x.device, dtype=x.dtype) if isinstance(c, Tensor) else c
-                source = read(atom, output)
-                term = source * c if isinstance(c, Tensor) or c != 1 else source
-                total = term if total is None else total + term
-            new[write] = x.new_zeros(()).expand_as(x) if total is None else total
-        values.update(new)
+        values.update({write: total(form, output) for write, form in table.rows()})
 
     apply(program.init, None)
     for stage in program.stages:
         point = values[stage.net_in]
-        output = denoise(point, stage, known or {})
+        made = denoise(point, stage, numbers)
+        output, features = made if isinstance(made, tuple) else (made, {})
+        for bind in program.binds:
+            if bind.stage == stage.index:
+                norms = [total(form, output).flatten(1).norm(dim=1) for form in bind.norms]
+                numbers |= bind.make([features[name] for name in bind.outputs], norms, x)
         if visit is not None and visit(stage, point, output):
             return point, values
         apply(stage.table, output)
@@ -77,4 +83,8 @@ def _last_uses(program: Program) -> dict[int, int]:
         for atom in stage.table.columns:
             if atom.kind == "value":
                 last[atom.index] = stage.index
+    for bind in program.binds:
+        for atom in (atom for form in bind.norms for atom in form.terms):
+            if atom.kind == "value":
+                last[atom.index] = max(last.get(atom.index, -1), bind.stage)
     return last

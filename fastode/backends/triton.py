@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastode.backends.base import Buffers, Draws
 from fastode.backends.packing import Packed, Packing, _upload
-from fastode.program.lower import Lowered, Source, Target
+from fastode.program.lower import Lowered, Source, Target, Update
 from fastode.scalar import Late
 
 
@@ -29,9 +29,10 @@ class TritonExecutor:
 
     def __init__(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> None:
         from fastode.kernels import combine as kernels
+        from fastode.kernels.reduce import squares
 
         self.lowered, self.buffers, self.noise = lowered, buffers, noise
-        self._combine, self._place = kernels.combine, kernels.place
+        self._combine, self._place, self._squares = kernels.combine, kernels.place, squares
         net_in, slots = buffers.net_in, buffers.slots
         like = slots[0] if len(slots) else net_in
         self._last = (self._place(like) or (False, 0))[0]  # sweep in the order in which the slots lie in memory
@@ -60,34 +61,52 @@ class TritonExecutor:
             else:
                 self.seeds.copy_(seeds)
 
+    def bind(self, index: int, known: Mapping[Late, Any]) -> None:
+        self.packing.bind(index, known, self.table, self.fields)
+
     def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
         update, packed = self.lowered.updates[index], self.packing.updates[index]
-        columns = [s for s in update.sources if s.kind != "one" and not (s.kind == "noise" and self._made_here)]
-        sources = [self._source(s, start, outputs) for s in columns]
-        self._launch(packed, self._tables[index], [self._target(t, result) for t in update.targets], sources)
+        sources = self._columns(update, start, outputs)
+        targets = [self._target(t, result) for t in update.targets]
+        self._make_readable(sources, targets[0])
+        self._combine(targets, sources, self._tables[index], **self._arguments(packed, sources))
         return True
 
-    def _launch(self, packed: Packed, table: Tensor, targets: list[Tensor], sources: list[Tensor]) -> None:
-        n = targets[0][0].numel()
+    def _columns(self, update: Update, start: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The source tensors; draws are among them unless the kernel makes them."""
+        columns = [s for s in update.sources if s.kind != "one" and not (s.kind == "noise" and self._made_here)]
+        return [self._source(s, start, outputs) for s in columns]
+
+    def _make_readable(self, sources: list[Tensor], like: Tensor) -> None:
+        """Replace sources that the kernel cannot read where they lie by dense copies."""
+        n = like[0].numel()
         places = [self._place(t, self._last) for t in sources]
         padded = {p.stride for p in places if p is not None} - {n}
         for i, p in enumerate(places):
             if p is None or (p.stride != n and len(padded) > 1):  # the kernel cannot read it where it lies
                 sources[i] = self._dense(sources[i])
-        self._combine(
-            targets,
-            sources,
-            table,
-            pattern=packed.pattern,
-            state=self._state,
-            rows=packed.rows,
-            draws=packed.columns - packed.one - len(sources),
-            one=packed.one,
-            seeds=self.seeds,
-            elements=packed.elements,
-            fields=self.fields if packed.elements else None,
-            last=self._last,
-        )
+
+    def _arguments(self, packed: Packed, sources: list[Tensor]) -> dict[str, Any]:
+        return {
+            "pattern": packed.pattern,
+            "state": self._state,
+            "rows": packed.rows,
+            "draws": packed.columns - packed.one - len(sources),
+            "one": packed.one,
+            "seeds": self.seeds,
+            "elements": packed.elements,
+            "fields": self.fields if packed.elements else None,
+            "last": self._last,
+        }
+
+    def norms(self, rows: Update, known: Mapping[Late, Any], start: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """One launch over the sources, and one over the sums of its blocks."""
+        packed = self.packing.measured[self.lowered.measured.index(rows)]
+        sources = self._columns(rows, start, outputs)
+        self._make_readable(sources, sources[0] if sources else start)
+        table = self.table[packed.offset : packed.end]
+        squares = self._squares(sources, start, table, len(rows.targets), **self._arguments(packed, sources))
+        return list(squares.sum(-1).sqrt().unbind(0))
 
     def _dense(self, tensor: Tensor) -> Tensor:
         if self._last:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from fastode.program.bind import Bind
 from fastode.program.form import ONE, Atom, Form
 from fastode.program.program import Program, Stage, Table
+from fastode.scalar import Late
 from fastode.schedules.grid import Grid, Level
 
 
@@ -16,6 +19,7 @@ class Trace:
     ``start`` gives the state at the first level, ``denoise`` the denoised estimate at a point, ``land`` declares the state
     at a grid level, ``keep`` stores a form that later steps need (a noise prediction in a multistep history, say), ``noise``
     is a fresh standard normal draw. Outputs may be used in later steps as they are; they are stored if they are.
+    ``late`` and ``norm`` give numbers that the run makes from the evaluation just requested.
 
     ``afs=True`` answers the first request for a denoised estimate with the analytical first step instead of the network:
     far from the data the network would return ``x`` shrunk to unit variance, i.e. noise ``x / sqrt(1 + sigma^2)`` in the
@@ -32,6 +36,7 @@ class Trace:
         self._states: dict[int, int] = {0: 0}
         self._draws = 0
         self._step = 0
+        self._binds: list[Bind] = []
 
     def start(self) -> Form:
         """The state at the first level."""
@@ -56,6 +61,37 @@ class Trace:
         index = len(self._points)
         self._points.append((self._value(x), level, self._step, ("denoised",)))
         return Form({Atom("output", index, "denoised"): 1.0})
+
+    @property
+    def analytical(self) -> bool:
+        """True while the only estimate given so far is the analytical first step's: there is no evaluation to look at."""
+        return not self._points
+
+    def late(
+        self,
+        names: Sequence[str],
+        function: Callable[..., Any] | None,
+        *,
+        outputs: Sequence[str] = (),
+        norms: Sequence[Form] = (),
+    ) -> tuple[Late, ...]:
+        """Numbers ``function(*features, *norms)`` made after the evaluation requested last; see :class:`Bind`.
+
+        They may be used in every coefficient from here on, and for the levels of later evaluations. ``outputs`` names what
+        the network must offer besides its output ("bottleneck"). Raises ``ValueError`` before the first evaluation.
+        """
+        if not self._points:
+            raise ValueError(f"{', '.join(names)}: nothing has been evaluated yet that they could be made from")
+        stage = len(self._points) - 1
+        x, level, step, offered = self._points[-1]
+        self._points[-1] = (x, level, step, (*offered, *(name for name in outputs if name not in offered)))
+        lates = tuple(Late(f"{name}{stage}") for name in names)
+        self._binds.append(Bind(stage, lates, function, tuple(outputs), tuple(norms)))
+        return lates
+
+    def norm(self, form: Form) -> Late:
+        """The Euclidean norm of ``form`` over the elements of each sample, a number per sample; see :meth:`late`."""
+        return self.late(("norm",), None, norms=(form,))[0]
 
     def keep(self, form: Form) -> Form:
         """Store ``form`` as one value; later uses read the value instead of what it was made of."""
@@ -89,6 +125,10 @@ class Trace:
         for value, form in list(self._forms.items()):
             stage = self._made[value]
             rows[stage][value] = self._expand(form, stage, stored)
+        binds = tuple(
+            replace(bind, norms=tuple(self._expand(form, bind.stage, stored) for form in bind.norms))
+            for bind in self._binds
+        )
         for (stage, output), value in stored.items():
             rows[stage][value] = Form({Atom("output", stage, output): 1.0})
         stages = tuple(
@@ -105,6 +145,7 @@ class Trace:
             name=name,
             consistent=self.consistent,
             options=dict(options or {}),
+            binds=binds,
         )
 
     def _value(self, form: Form) -> int:
