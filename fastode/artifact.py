@@ -23,7 +23,7 @@ from fastode.files import write_tensors
 from fastode.program import Program
 from fastode.schedules.grid import Grid
 from fastode.schedules.noise import schedule_from_dict, schedule_to_dict
-from fastode.solvers import SOLVERS
+from fastode.solvers import SOLVERS, plugin
 
 FORMAT = "fastode-artifact-1"
 
@@ -146,8 +146,18 @@ def _grid(artifact: Artifact) -> Program:
     return SOLVERS[artifact.solver](artifact.grid, **artifact.options)
 
 
+def _amed(artifact: Artifact) -> Program:
+    """AMED-Solver, or AMED plugged into the base solver, with the predictor that the numbers are."""
+    from fastode.nets.predictor import from_numbers
+
+    base = SOLVERS[artifact.solver]
+    solver = base if base.name == "amed" else plugin(base)
+    return solver(artifact.grid, predictor=from_numbers(artifact.numbers), **artifact.options)
+
+
 METHODS: dict[str, Callable[[Artifact], Program]] = {
     "grid": _grid,
+    "amed": _amed,
 }
 """How the numbers of each method become a program."""
 

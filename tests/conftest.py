@@ -36,6 +36,8 @@ VARIANTS: list[tuple[str, dict]] = [
     ("pndm", {"skip_prk_steps": True}),
     *[("lms", {"order": o}) for o in (1, 2, 3, 4)],
     ("edm", {}),
+    ("amed", {}),
+    ("amed", {"r": 0.3}),
 ]
 """Every solver with every option that changes its formula."""
 

@@ -89,7 +89,7 @@ def test_flow_from_pure_noise_equals_the_paper(case):
         levels = list(grid)
         extra["between_t"] = lambda i: (lambda v: (v.alpha, v.sigma))(grid.at_time(levels[i], levels[i + 1], 0.5))
     loop = importlib.import_module(f"tests.papers.{name}")
-    if name in ("dpm_solver_2", "dpm_solver_3", "dpm_solver_pp_s"):
+    if name in ("dpm_solver_2", "dpm_solver_3", "dpm_solver_pp_s", "amed"):
         extra["between"] = lambda a_s, s_s, a_t, s_t, r: _flow_between(a_s, s_s, a_t, s_t, r)
     x = start(grid, (3, 2))
     truth = loop.sample(denoise, x.numpy(), grid.alpha.tolist(), grid.sigma.tolist(), **options, **extra)

@@ -186,6 +186,7 @@ SLOTS = {  # state-sized buffers besides the network's input and output, for a n
     "edm": 1,
     "unipc": 4,
     "pndm": 5,
+    "amed": 1,
 }
 
 

@@ -291,11 +291,11 @@ def _reads(
 
 def _needs_slot(value: int, update: int, program: Program, scalings: list[Any], exact_input: bool) -> bool:
     """Whether ``update`` must read ``value`` from a slot. The start is at hand in update 0; the state that was just
-    evaluated can be read back from the network input, if c_in is a known number and nothing was rounded."""
+    evaluated can be read back from the network input, if nothing was rounded."""
     if update == 0:
         return False
     stage, c_in = program.stages[update - 1], scalings[update - 1].c_in
-    return stage.net_in != value or not exact_input or not isinstance(c_in, (int, float)) or c_in == 0
+    return stage.net_in != value or not exact_input or (isinstance(c_in, (int, float)) and c_in == 0)
 
 
 def _assemble(targets: list[tuple[Target, Form]], source_of: dict[int, tuple[Source, Scalar]]) -> Update:

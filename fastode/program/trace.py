@@ -28,6 +28,7 @@ class Trace:
 
     def __init__(self, grid: Grid, *, afs: bool = False) -> None:
         self.grid = grid
+        self.afs = afs
         self.consistent = not afs
         self._afs = afs
         self._forms: dict[int, Form] = {}  # value -> its definition
@@ -62,10 +63,26 @@ class Trace:
         self._points.append((self._value(x), level, self._step, ("denoised",)))
         return Form({Atom("output", index, "denoised"): 1.0})
 
-    @property
-    def analytical(self) -> bool:
-        """True while the only estimate given so far is the analytical first step's: there is no evaluation to look at."""
-        return not self._points
+    def bind(
+        self,
+        lates: Sequence[Late],
+        function: Callable[..., Any] | None,
+        *,
+        outputs: Sequence[str] = (),
+        norms: Sequence[Form] = (),
+    ) -> None:
+        """``lates`` are made after the evaluation requested last, as ``function(*features, *norms)``; see :class:`Bind`.
+
+        They may be used in every coefficient from that evaluation on, and for the levels of later ones. ``outputs`` names
+        what the network must offer besides its output ("bottleneck"). Raises ``ValueError`` before the first evaluation.
+        """
+        if not self._points:
+            names = ", ".join(late.name for late in lates)
+            raise ValueError(f"{names}: nothing has been evaluated yet that they could be made from")
+        stage = len(self._points) - 1
+        x, level, step, offered = self._points[-1]
+        self._points[-1] = (x, level, step, (*offered, *(name for name in outputs if name not in offered)))
+        self._binds.append(Bind(stage, tuple(lates), function, tuple(outputs), tuple(norms)))
 
     def late(
         self,
@@ -75,18 +92,9 @@ class Trace:
         outputs: Sequence[str] = (),
         norms: Sequence[Form] = (),
     ) -> tuple[Late, ...]:
-        """Numbers ``function(*features, *norms)`` made after the evaluation requested last; see :class:`Bind`.
-
-        They may be used in every coefficient from here on, and for the levels of later evaluations. ``outputs`` names what
-        the network must offer besides its output ("bottleneck"). Raises ``ValueError`` before the first evaluation.
-        """
-        if not self._points:
-            raise ValueError(f"{', '.join(names)}: nothing has been evaluated yet that they could be made from")
-        stage = len(self._points) - 1
-        x, level, step, offered = self._points[-1]
-        self._points[-1] = (x, level, step, (*offered, *(name for name in outputs if name not in offered)))
-        lates = tuple(Late(f"{name}{stage}") for name in names)
-        self._binds.append(Bind(stage, lates, function, tuple(outputs), tuple(norms)))
+        """New late numbers, named after the evaluation they are made after; see :meth:`bind`."""
+        lates = tuple(Late(f"{name}{len(self._points) - 1}") for name in names)
+        self.bind(lates, function, outputs=outputs, norms=norms)
         return lates
 
     def norm(self, form: Form) -> Late:

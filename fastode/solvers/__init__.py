@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastode.solvers.adams import deis, ipndm, ipndm_v, lms
+from fastode.solvers.amed import amed, plugin
 from fastode.solvers.ddim import ddim
 from fastode.solvers.dpm_solver import dpm_solver_2, dpm_solver_3, dpm_solver_pp_s
 from fastode.solvers.dpm_solver_pp import dpm_solver_pp
@@ -26,6 +27,7 @@ SOLVERS: SolverTable = SolverTable(
         "pndm": Solver("pndm", pndm),
         "lms": Solver("lms", lms),
         "edm": Solver("edm", edm, final="zero"),
+        "amed": Solver("amed", amed, grid="time_uniform"),
     },
     aliases={
         "euler": "ddim",
@@ -39,4 +41,4 @@ SOLVERS: SolverTable = SolverTable(
     },
 )
 
-__all__ = ["SOLVERS", "Solver"]
+__all__ = ["SOLVERS", "Solver", "plugin"]
