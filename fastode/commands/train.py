@@ -6,14 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastode.commands import train_solver
 from fastode.commands.arguments import device_of, numbers
 
 
 def add(commands: Any) -> None:
-    p = commands.add_parser("train", help="train a model")
+    p = commands.add_parser("train", help="train a model, or calibrate a solver on one")
     kinds = p.add_subparsers(dest="kind", required=True, metavar="what")
     t = kinds.add_parser("denoiser", help="an EDM denoiser on a folder of images or an npz")
     _denoiser_arguments(t)
+    train_solver.add(kinds)
 
 
 def _denoiser_arguments(t: argparse.ArgumentParser) -> None:
