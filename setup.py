@@ -22,7 +22,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-SOURCES = ["csrc/bindings.cpp", "csrc/combine_cpu.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/combine_cpu.cpp", "csrc/numbers_cpu.cpp"]
 MODULE = "_native" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 

@@ -35,6 +35,7 @@ from fastode.shelf import GraphError, Key, Ring, Shelf, pays
 
 if TYPE_CHECKING:
     from fastode.engine import Engine
+    from fastode.program.lower import Call
 
 Mode = Literal["auto"] | bool
 
@@ -178,6 +179,7 @@ class Run:
         self.levels: list[Tensor] = []
         self.outputs: Any = ()
         self.numbers: dict[Late, Any] = {}
+        self.makes = False
 
     def fill(self, start: Tensor, condition: Condition, known: Mapping[Late, Any], source: Any) -> None:
         """Overwrite everything that a call may change."""
@@ -196,18 +198,22 @@ class Run:
             tensor.copy_(source(k))
         self.executor.load(known)
         self._keep_numbers(known)
-        if not self.levels or any(isinstance(c.c_noise, Late) for c in self.lowered.calls):
-            memo: dict[int, Any] = {}
-            for i, call in enumerate(self.lowered.calls):  # those made in the run are written by the run itself
-                value = 1.0 if call.due else evaluate(call.c_noise, known, memo)
-                level = self.engine.denoiser.c_noise(value, self.net_in)
-                if i < len(self.levels):
-                    if not call.due:
-                        self.levels[i].copy_(level)
-                else:
-                    with torch.inference_mode(False):
-                        shape = (self.net_in.shape[0], *level.shape[1:]) if call.due else level.shape
-                        self.levels.append(level.expand(shape).clone())
+        if not self.levels:
+            with torch.inference_mode(False):
+                told = [self.engine.denoiser.told(call, self.net_in) for call in self.lowered.calls]
+                levels = zip(told, self.lowered.calls, strict=True)
+                self.levels = [self._told(call, known).clone() if t is None else t for t, call in levels]
+            prepare = getattr(self.executor, "prepare", None)
+            self.makes = bool(self.lowered.program.binds) and prepare is not None and prepare(self.levels)
+        for level, call in zip(self.levels, self.lowered.calls, strict=True):
+            if isinstance(call.c_noise, Late) and not call.due:
+                level.copy_(self._told(call, known))
+
+    def _tell(self, call: int, value: Any) -> None:
+        self.levels[call].copy_(self.engine.denoiser.c_noise(value, self.net_in))
+
+    def _told(self, call: Call, known: Mapping[Late, Any]) -> Tensor:
+        return self.engine.denoiser.c_noise(evaluate(call.c_noise, known), self.net_in)
 
     def _keep_numbers(self, known: Mapping[Late, Any]) -> None:
         """The call's late numbers at fixed places on the device, where numbers made in the run are computed from them."""
@@ -226,18 +232,20 @@ class Run:
         """All but the last update. ``call`` tells how far it got."""
         engine, last = self.engine, len(self.lowered.calls)
         self.call = -1
-        numbers, memo = dict(self.numbers), dict[int, Any]()
+        numbers = dict(self.numbers)
         for i in range(last):
             self.executor.update(i, self.start, self.outputs if i else (), self.unused)
             self.call = i
             call = self.lowered.calls[i]
             on = engine.guidance if call.outputs > 1 else None
-            level = self.levels[i]
-            if call.due:
-                level.copy_(engine.denoiser.c_noise(evaluate(call.c_noise, numbers, memo), self.net_in))
-            denoiser = engine.denoiser
-            self.outputs, features = denoiser.raw_and_features(self.net_in, level, self.condition, on, call.features)
-            make_numbers(self.lowered, self.executor, i + 1, numbers, self.start, self.outputs, features)
+            self.outputs, features = engine.denoiser.raw_and_features(
+                self.net_in, self.levels[i], self.condition, on, call.features
+            )
+            if self.lowered.binds[i + 1] and self.makes:
+                self.executor.make(i + 1, features)  # type: ignore[attr-defined]
+            elif self.lowered.binds[i + 1]:
+                made = (self.lowered, self.executor, i + 1, numbers, self.start, self.outputs, features)
+                make_numbers(*made, self._tell)
 
     def finish(self, result: Tensor) -> None:
         """The last update, into ``result`` [B, *sample]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastode.program.lower import Lowered, Update
-from fastode.scalar import Late
+from fastode.scalar import Late, evaluate
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,19 @@ def make_numbers(
     start: Tensor,
     outputs: Sequence[Tensor],
     features: Mapping[str, Tensor],
+    tell: Callable[[int, Any], None],
 ) -> None:
-    """Make the late numbers that update ``index`` and later ones wait for, and hand them to the executor."""
+    """Make the late numbers that update ``index`` and later ones wait for, and hand them to the executor.
+
+    ``tell(call, value)`` receives what later network calls are told.
+    """
     group = lowered.binds[index]
     for measured in group:
         norms = [] if measured.norms is None else executor.norms(measured.norms, numbers, start, outputs)
         numbers |= measured.bind.make([features[name] for name in measured.bind.outputs], norms, start)
     if group:
         executor.bind(index, numbers)
+        memo: dict[int, Any] = {}
+        for k, call in enumerate(lowered.calls):
+            if call.due == index:
+                tell(k, evaluate(call.c_noise, numbers, memo))

@@ -6,16 +6,19 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
 from fastode.denoisers.precondition import PREDICTIONS, Scaling, scaling
-from fastode.scalar import Scalar, evaluate
+from fastode.scalar import Late, Scalar, evaluate
 from fastode.schedules.grid import Level
 from fastode.schedules.noise import EDM, Flow, NoiseSchedule, VPLinear
+
+if TYPE_CHECKING:
+    from fastode.program.lower import Call
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -255,6 +258,16 @@ class Denoiser:
         if self.prediction == "denoised":
             return tensor
         return tensor.reshape(-1).expand(net_in.shape[0])
+
+    def told(self, call: Call, net_in: Tensor) -> Tensor | None:
+        """What the network is told in ``call``: its number as :meth:`c_noise` makes it; room for one per sample where the
+        run makes it; None where it comes with the call of the engine."""
+        if not isinstance(call.c_noise, Late):
+            return self.c_noise(call.c_noise, net_in)
+        if not call.due:
+            return None
+        room = torch.ones((net_in.shape[0], *[1] * (net_in.ndim - 1)), device=net_in.device)
+        return self.c_noise(room, net_in).clone()
 
     def denoise(
         self,

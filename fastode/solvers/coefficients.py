@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastode.program.form import Form
-from fastode.scalar import Late, Scalar
+from fastode.scalar import Moment, Scalar
 from fastode.schedules.grid import Level
 from fastode.schedules.noise import Discrete, NoiseSchedule
 
@@ -77,40 +77,9 @@ def power_moments(h: Scalar, count: int) -> list[Any]:
 def exp_moment(k: int, h: Scalar, *, data: bool) -> Any:
     """int_0^h e^{-(h-u)} u^k/k! du for data prediction, int_0^h e^{h-u} u^k/k! du for noise prediction.
 
-    These are the phi functions of exponential integrators. For small h the recursion J_k = h^k/k! - J_{k-1} cancels, so
-    the power series is summed instead.
+    These are the phi functions of exponential integrators, see :class:`~fastode.scalar.Moment`.
     """
-    sign = -1.0 if data else 1.0
-    if isinstance(h, Late):
-        return Late.apply(f"{'J' if data else 'K'}{k}", lambda value: _exp_moment_tensor(k, value, sign), h)
-    if isinstance(h, Tensor):
-        return _exp_moment_tensor(k, h, sign)
-    if abs(h) < k + 1:
-        term = h ** (k + 1) / math.factorial(k + 1)
-        total = term
-        for j in range(1, 40):
-            term *= sign * h / (k + 1 + j)
-            total += term
-        return total
-    value = sign * math.expm1(sign * h)
-    for i in range(1, k + 1):
-        value = sign * (value - h**i / math.factorial(i))
-    return value
-
-
-def _exp_moment_tensor(k: int, h: Tensor, sign: float) -> Tensor:
-    small = h.abs() < k + 1
-    near = torch.where(small, h, torch.zeros_like(h))  # the branch not taken must not poison gradients
-    term = near ** (k + 1) / math.factorial(k + 1)
-    series = term
-    for j in range(1, 40):
-        term = term * sign * near / (k + 1 + j)
-        series = series + term
-    far = torch.where(small, torch.ones_like(h), h)
-    value = sign * torch.expm1(sign * far)
-    for i in range(1, k + 1):
-        value = sign * (value - far**i / math.factorial(i))
-    return torch.where(small, series, value)
+    return Moment(k, -1 if data else 1)(h)
 
 
 def exp_moments(h: Scalar, count: int, *, data: bool) -> list[Any]:
