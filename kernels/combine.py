@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -368,6 +368,32 @@ def combine(
 
     Raises ``ValueError`` for tensors whose samples are not dense in memory.
     """
+    with torch.cuda.device_of(targets[0]):
+        batch, blocks, arguments, constants = launch(
+            targets, sources, table, pattern=pattern, state=state, rows=rows, draws=draws, one=one, seeds=seeds,
+            elements=elements, fields=fields, last=last, places=places, warps=warps,
+        )  # fmt: skip
+        combine_kernel[(batch * blocks,)](*arguments, **constants)
+
+
+def launch(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    table: Tensor,
+    *,
+    pattern: int,
+    state: torch.dtype,
+    rows: int,
+    draws: int,
+    one: bool,
+    seeds: Tensor | None,
+    elements: tuple[int, ...],
+    fields: Tensor | None,
+    last: bool,
+    places: Sequence[Place] | None = None,
+    warps: int | None = None,
+) -> tuple[int, int, tuple[Any, ...], dict[str, Any]]:
+    """How :func:`combine` launches its kernel: samples, programs per sample, arguments and constants of the kernel."""
     first = targets[0]
     batch, n = first.shape[0], first[0].numel()
     where = layout((*sources, *targets), first, draws=draws, fields=fields, last=last, places=places)
@@ -382,34 +408,36 @@ def combine(
         warps = pick_warps(batch, n)
     block = warps * 32 * LANES if not INTERPRETED.value else 1 << min(max(n - 1, 3).bit_length(), 16)
     blocks = -(-n // block)
-    with torch.cuda.device_of(first):
-        combine_kernel[(batch * blocks,)](
-            tuple(sources),
-            tuple(targets),
-            table,
-            table.numel() // rows if rows > 1 else 0,
-            table if fields is None else fields,
-            field_stride,
-            field_size,
-            table if seeds is None else seeds,
-            n,
-            blocks,
-            stride,
-            minor,
-            major,
-            STATE=tl.float32 if state == torch.float32 else tl.float64,
-            PATTERN=pattern,
-            ELEMENTS=elements or (0,) * (len(targets) * (len(sources) + draws + one)),
-            NOISE=draws,
-            ONE=int(one),
-            STRIDED=strided,
-            SWAPPED=swapped,
-            GATHER=where.gather,
-            WIDE=wide,
-            BARRIER=barrier,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    arguments = (
+        tuple(sources),
+        tuple(targets),
+        table,
+        table.numel() // rows if rows > 1 else 0,
+        table if fields is None else fields,
+        field_stride,
+        field_size,
+        table if seeds is None else seeds,
+        n,
+        blocks,
+        stride,
+        minor,
+        major,
+    )
+    constants = dict(
+        STATE=tl.float32 if state == torch.float32 else tl.float64,
+        PATTERN=pattern,
+        ELEMENTS=elements or (0,) * (len(targets) * (len(sources) + draws + one)),
+        NOISE=draws,
+        ONE=int(one),
+        STRIDED=strided,
+        SWAPPED=swapped,
+        GATHER=where.gather,
+        WIDE=wide,
+        BARRIER=barrier,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return batch, blocks, arguments, constants
 
 
 def pick_warps(batch: int, n: int) -> int:

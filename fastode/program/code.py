@@ -108,7 +108,16 @@ class _Compiler:
         if op not in OPS:
             raise _NotElementary
         places = [self.place(a) for a in value.args]
-        instruction = (op, places[0], places[-1])
+        exponent = value.args[1] if op == "pow" else None
+        if isinstance(exponent, (int, float)) and exponent == int(exponent) and 1 <= exponent <= 8:
+            made = places[0]
+            for _ in range(int(exponent) - 1):  # exact for negative bases too, where exp(b log a) is not
+                made = self._emit("mul", made, places[0])
+            return made
+        return self._emit(op, places[0], places[-1])
+
+    def _emit(self, op: str, a: Place, b: Place) -> Place:
+        instruction = (op, a, b)
         if instruction not in self._same:
             self._same[instruction] = ("instruction", len(self.instructions))
             self.instructions.append(instruction)
