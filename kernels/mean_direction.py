@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastode.kernels.combine import combine_kernel
 
+WARPS = 4
 FOLD = 8
 """Fold into the update where a sample has at most this many programs."""
 

@@ -107,7 +107,7 @@ class Packing:
                 elements[i] = self._fields
                 self._fixed.append((elements[i] - 1, c))
             else:
-                number = float(c)
+                number = float(c.detach() if isinstance(c, Tensor) else c)
             numbers.append(number)
             pattern |= int(isinstance(c, Late) or elements[i] > 0 or number != 0) << i
         rows = self.shape[0] if per_sample else 1

@@ -220,7 +220,7 @@ class Maker:
         p, arguments = self._waiting
         self._waiting = None
         with torch.cuda.device_of(self.table):
-            p.kernels[0][(self.leaves.shape[1],)](*arguments, **p.sizes, num_warps=4)
+            p.kernels[0][(self.leaves.shape[1],)](*arguments, **p.sizes, num_warps=self._kernels.WARPS)
 
     def fold(self, targets: list[Tensor], sources: list[Tensor], table: Tensor, update: dict[str, Any]) -> bool:
         """Launch the update with what waits folded in. False if nothing waits, or was launched by itself."""
@@ -229,7 +229,8 @@ class Maker:
         from fastode.kernels.combine import launch
 
         with torch.cuda.device_of(self.table):
-            batch, blocks, own, constants = launch(targets, sources, table, **update)
+            # The predictor's matrices need four warps; in one they would spill.
+            batch, blocks, own, constants = launch(targets, sources, table, **update, warps=self._kernels.WARPS)
             if blocks > self._kernels.FOLD:
                 self.run()
                 return False
