@@ -23,7 +23,7 @@ class Trace:
     """
 
     def __init__(self, grid: Grid, *, afs: bool = False) -> None:
-        self.grid = grid
+        self.grid = self.whole = grid
         self.consistent = not afs
         self._afs = afs
         self._forms: dict[int, Form] = {}  # value -> its definition
