@@ -24,7 +24,8 @@ def dpm_2_ancestral(p: Trace, *, eta: float = 1.0, s_noise: float = 1.0) -> Form
     """DPM-2 ancestral (k-diffusion, diffusers' KDPM2 ancestral): DPM-Solver-2 to rho_down, then rho_up z; NFE 2 per step.
 
     The inner level is the geometric mean of rho_s and rho_down. ``eta=0`` is DPM-Solver-2. At ``eta=1`` rho_down is
-    rho_t^2/rho_s: below the target, so the step is longer than that of the ODE solver. Weak order 1.
+    rho_t^2/rho_s: below the target, so the step is longer than that of the ODE solver. Weak order 1, though the marginals
+    of Gaussian data converge at order 2.
     """
     return _two_stage(p, eta, s_noise, data=False)
 
@@ -32,7 +33,8 @@ def dpm_2_ancestral(p: Trace, *, eta: float = 1.0, s_noise: float = 1.0) -> Form
 def dpmpp_2s_ancestral(p: Trace, *, eta: float = 1.0, s_noise: float = 1.0) -> Form:
     """DPM-Solver++(2S) ancestral (k-diffusion): single-step DPM-Solver++ to rho_down, then rho_up z; NFE 2 per step.
 
-    Inner level in the middle of lam_s and lam_down. ``eta=0`` is DPM-Solver++(2S). Weak order 1.
+    Inner level in the middle of lam_s and lam_down. ``eta=0`` is DPM-Solver++(2S). Weak order 1, though the
+    marginals of Gaussian data converge at order 2.
     """
     return _two_stage(p, eta, s_noise, data=True)
 

@@ -43,7 +43,7 @@ def sa_solver(
     with the same z; it costs nothing, since that evaluation is needed anyway. The last point is not corrected, and the
     history keeps evaluations at predicted points. Of two nodes, the published code weighs the first difference by e/2
     instead of J_1/e, as UniPC does; ``exact=True`` integrates. Orders build up from 1; ``lower_order_final`` lets them
-    fall at the end. With noise the samples converge at weak order 1.
+    fall at the end. On Gaussian data mean and covariance converge at weak order 2 from two nodes on.
     """
     check_order(predictor_order, (1, 2, 3, 4), "sa_solver")
     check_order(corrector_order, (0, 1, 2, 3, 4), "sa_solver")

@@ -28,9 +28,10 @@ def sde_dpm_solver_pp(
         order 2: J_0/2 D1 ("midpoint") or J_1/e D1 ("heun");     order 3: J_1/e D1 + J_2/e^2 D2
 
     ``eta=1`` is the reverse SDE (diffusers' "sde-dpmsolver++", order 1 and 2), values between are k-diffusion's
-    ``dpmpp_2m_sde``, and ``eta=0`` is :func:`dpm_solver_pp`, number by number. Order counts evaluations; with noise the
-    samples converge at weak order 1. The coefficient of D2 in diffusers' order 3 has a wrong sign and does not vanish
-    with h; this one is k-diffusion's. ``exact=True`` integrates the interpolating polynomial, as in dpm_solver_pp.
+    ``dpmpp_2m_sde``, and ``eta=0`` is :func:`dpm_solver_pp`, number by number. On
+    Gaussian data mean and covariance converge at weak order 1 (``order=1``) and 2. The coefficient of D2 in diffusers' order
+    3 has a wrong sign and does not vanish with h; this one is k-diffusion's. ``exact=True`` integrates the interpolating
+    polynomial, as in dpm_solver_pp.
     """
     check_order(order, (1, 2, 3), "sde_dpm_solver_pp")
     check_choice("solver_type", solver_type, ("midpoint", "heun"))
@@ -54,7 +55,7 @@ def sde_dpm_solver_pp(
 def dpmpp_3m_sde(p: Trace, *, eta: float = 1.0, s_noise: float = 1.0) -> Form:
     """DPM-Solver++(3M) SDE of k-diffusion: :func:`sde_dpm_solver_pp` of order 3 whose second step is of "heun" type.
 
-    Orders do not fall at the end, save in a step to sigma = 0. NFE 1 per step; weak order 1.
+    Orders do not fall at the end, save in a step to sigma = 0. NFE 1 per step; weak order 2 on Gaussian data.
     """
     return sde_dpm_solver_pp(p, order=3, solver_type="heun", eta=eta, s_noise=s_noise, lower_order_final=False)
 
@@ -65,7 +66,8 @@ def dpmpp_sde(p: Trace, *, r: float = 0.5, eta: float = 1.0, s_noise: float = 1.
     Both the move to the inner level u at lam_s + r h and the move to t are ancestral, and the latter uses
     (1 - 1/(2r)) d + d_u/(2r). ``eta=0`` is DPM-Solver++(2S). Two draws per step. ``brownian=True``: their noises are
     increments of one path over [s, u] and [s, t] in the time rho, as those of k-diffusion's Brownian tree, with
-    correlation sqrt((rho_s - rho_u)/(rho_s - rho_t)); False: they are independent. Weak order 1.
+    correlation sqrt((rho_s - rho_u)/(rho_s - rho_t)); False: they are independent. On Gaussian data and at ``eta=1`` the
+    weak order is 2 with one path and 1 with independent draws; 1 at an ``eta`` between 0 and 1.
     """
     check_noise(p, eta, s_noise)
     check_unit("r", r)
