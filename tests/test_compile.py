@@ -153,8 +153,11 @@ def test_every_solver_as_a_function(name):
     program = SOLVERS[name](make_grid("edm", 4))
     denoiser = Denoiser(lambda x, c: 0.7 * torch.tanh(x))
     x = start(program.grid, (2, 5), dtype=torch.float32)
-    sampler = Sampler(program, denoiser, (2, 5))
-    assert relative(sampler(x, sampler.numbers()), Engine(program, denoiser, (2, 5), "torch")(x)) < SAME
+    sampler, seeds = Sampler(program, denoiser, (2, 5)), torch.tensor([3, 4])
+    assert (
+        relative(sampler(x, sampler.numbers(), seeds), Engine(program, denoiser, (2, 5), "torch")(x, seeds=seeds))
+        < SAME
+    )
 
 
 def test_another_structure_is_refused():

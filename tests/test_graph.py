@@ -155,6 +155,7 @@ def test_numbers_change_between_replays(name):
     for k in range(3):
         call = {
             "x": torch.randn(SHAPE) * 80,
+            "seeds": [k, 8, 9],
             "class_labels": torch.tensor([k, 1, 2]),
             "guidance_scale": torch.tensor([1.0 + k, 2.0, 0.0]) if k else 3.0,
             "cond": {"shift": torch.full((3, 1, 1, 1), 0.1 * k)},

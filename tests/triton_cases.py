@@ -110,6 +110,8 @@ def both(
     """The samples of the Triton backend and of ``other``."""
     x = call.pop("x", None)
     x = start(program.grid, shape, dtype=dtype).to(DEVICE) if x is None else x
+    if "noise" not in call:
+        call.setdefault("seeds", range(shape[0]))  # what a stochastic solver draws is the same on both
     return [
         Engine(program, denoiser, shape, backend, device=DEVICE, dtype=dtype, guidance=guidance)(x, **call)
         for backend in ("triton", other)

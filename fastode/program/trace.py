@@ -27,7 +27,7 @@ class Trace:
     """
 
     def __init__(self, grid: Grid, *, afs: bool = False) -> None:
-        self.grid = grid
+        self.grid = self.whole = grid
         self.afs = afs
         self.consistent = not afs
         self._afs = afs
