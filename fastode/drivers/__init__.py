@@ -6,5 +6,18 @@
 
 from fastode.drivers.adaptive import AdaptiveResult, adaptive
 from fastode.drivers.control import PI, PID
+from fastode.drivers.likelihood import Likelihood, decode, dequantise, encode, interpolate, log_likelihood, temper
 
-__all__ = ["PI", "PID", "AdaptiveResult", "adaptive"]
+__all__ = [
+    "PI",
+    "PID",
+    "AdaptiveResult",
+    "Likelihood",
+    "adaptive",
+    "decode",
+    "dequantise",
+    "encode",
+    "interpolate",
+    "log_likelihood",
+    "temper",
+]

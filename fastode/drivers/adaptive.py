@@ -111,9 +111,9 @@ def adaptive(
     if not isinstance(chosen, NoiseSchedule):
         raise TypeError(f"schedule: must be a NoiseSchedule, got {type(chosen).__name__}")
     clock = Clock.of(chosen)
-    fixed = None if times is None else _times(times, method)
+    fixed = None if times is None else fixed_times(times, method)
     first, last, lands = _span(chosen, t_start, t_end, fixed)
-    rtol, atol = _tolerances(method, rtol, atol)
+    rtol, atol = tolerances(method, rtol, atol)
     _check(method, norm, max_nfe, h_init, controller)
     x = start_state(d, x, seeds, float(chosen.sigma(first)))
     alphas = (1.0, 1.0)
@@ -161,7 +161,7 @@ def adaptive(
 # -- arguments -----------------------------------------------------------------------------------------------------------
 
 
-def _times(times: Any, method: str) -> list[float]:
+def fixed_times(times: Any, method: str) -> list[float]:
     if method not in FIXED:
         raise ValueError(f"method: fixed steps are made by {', '.join(FIXED)}, got {method!r}")
     values = times.t if isinstance(times, Grid) else times
@@ -201,7 +201,7 @@ def _span(
     return first, last, lands
 
 
-def _tolerances(method: str, rtol: float | None, atol: float | None) -> tuple[float, float]:
+def tolerances(method: str, rtol: float | None, atol: float | None) -> tuple[float, float]:
     dpm = method.startswith("dpm")
     rtol = (0.05 if dpm else 1e-5) if rtol is None else rtol
     atol = (0.0078 if dpm else 1e-5) if atol is None else atol
