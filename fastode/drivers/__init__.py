@@ -7,12 +7,16 @@
 from fastode.drivers.adaptive import AdaptiveResult, adaptive
 from fastode.drivers.control import PI, PID
 from fastode.drivers.likelihood import Likelihood, decode, dequantise, encode, interpolate, log_likelihood, temper
+from fastode.drivers.parallel import Cost, Parallel, ParallelResult
 
 __all__ = [
     "PI",
     "PID",
     "AdaptiveResult",
+    "Cost",
     "Likelihood",
+    "Parallel",
+    "ParallelResult",
     "adaptive",
     "decode",
     "dequantise",
