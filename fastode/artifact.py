@@ -24,6 +24,7 @@ from fastode.program import Program
 from fastode.schedules.grid import Grid
 from fastode.schedules.noise import schedule_from_dict, schedule_to_dict
 from fastode.solvers import SOLVERS, plugin
+from fastode.solvers.dc import dc
 
 FORMAT = "fastode-artifact-1"
 
@@ -155,9 +156,15 @@ def _amed(artifact: Artifact) -> Program:
     return solver(artifact.grid, predictor=from_numbers(artifact.numbers), **artifact.options)
 
 
+def _dc(artifact: Artifact) -> Program:
+    """Compensation ratios of DC-Solver: one per step, on any solver with a history."""
+    return dc(SOLVERS[artifact.solver], artifact.grid, artifact.numbers["ratios"].tolist(), **artifact.options)
+
+
 METHODS: dict[str, Callable[[Artifact], Program]] = {
     "grid": _grid,
     "amed": _amed,
+    "dc": _dc,
 }
 """How the numbers of each method become a program."""
 

@@ -18,7 +18,7 @@ def ddim(p: Trace, *, eta: float = 0.0) -> Form:
         raise ValueError(f"eta: must be in [0, 1], got {eta}")
     x = p.start()
     for _, s, t in p.grid.windows():
-        d = p.denoise(x, s)
+        d = p.compensated(p.denoise(x, s), s)
         if eta and not t.is_data:
             down, up = ancestral(s, t, eta)
             x = p.land(ddim_step(x, d, s, Level(t.alpha, down)) + up * p.noise(), t)
