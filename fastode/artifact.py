@@ -24,6 +24,7 @@ from fastode.program import Program
 from fastode.schedules.grid import Grid
 from fastode.schedules.noise import schedule_from_dict, schedule_to_dict
 from fastode.solvers import SOLVERS, plugin
+from fastode.solvers.d_ode import d_ode
 from fastode.solvers.dc import dc
 
 FORMAT = "fastode-artifact-1"
@@ -161,10 +162,16 @@ def _dc(artifact: Artifact) -> Program:
     return dc(SOLVERS[artifact.solver], artifact.grid, artifact.numbers["ratios"].tolist(), **artifact.options)
 
 
+def _d_ode(artifact: Artifact) -> Program:
+    """Lambdas of a D-ODE solver: one per state, on any solver that lands on each level once."""
+    return d_ode(SOLVERS[artifact.solver], artifact.grid, artifact.numbers["lambdas"].tolist(), **artifact.options)
+
+
 METHODS: dict[str, Callable[[Artifact], Program]] = {
     "grid": _grid,
     "amed": _amed,
     "dc": _dc,
+    "d_ode": _d_ode,
 }
 """How the numbers of each method become a program."""
 
