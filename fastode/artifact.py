@@ -24,6 +24,8 @@ from fastode.program import Program
 from fastode.schedules.grid import Grid
 from fastode.schedules.noise import schedule_from_dict, schedule_to_dict
 from fastode.solvers import SOLVERS, plugin
+from fastode.solvers.d_ode import d_ode
+from fastode.solvers.dc import dc
 
 FORMAT = "fastode-artifact-1"
 
@@ -155,9 +157,21 @@ def _amed(artifact: Artifact) -> Program:
     return solver(artifact.grid, predictor=from_numbers(artifact.numbers), **artifact.options)
 
 
+def _dc(artifact: Artifact) -> Program:
+    """Compensation ratios of DC-Solver: one per step, on any solver with a history."""
+    return dc(SOLVERS[artifact.solver], artifact.grid, artifact.numbers["ratios"].tolist(), **artifact.options)
+
+
+def _d_ode(artifact: Artifact) -> Program:
+    """Lambdas of a D-ODE solver: one per state, on any solver that lands on each level once."""
+    return d_ode(SOLVERS[artifact.solver], artifact.grid, artifact.numbers["lambdas"].tolist(), **artifact.options)
+
+
 METHODS: dict[str, Callable[[Artifact], Program]] = {
     "grid": _grid,
     "amed": _amed,
+    "dc": _dc,
+    "d_ode": _d_ode,
 }
 """How the numbers of each method become a program."""
 

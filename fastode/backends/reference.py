@@ -33,26 +33,8 @@ def run(
     memo: dict[int, Any] = {}
     last_use = _last_uses(program)
 
-    def read(atom: Atom, output: Tensor | None) -> Tensor:
-        if atom.kind == "value":
-            return values[atom.index]
-        if atom.kind == "one":
-            return x.new_ones(()).expand_as(x)
-        if atom.kind == "noise":
-            assert noise is not None
-            return noise(atom.index)
-        assert output is not None
-        return output
-
     def total(form: Form, output: Tensor | None) -> Tensor:
-        total: Tensor | None = None
-        for atom, coefficient in form.terms.items():
-            c = evaluate(coefficient, numbers, memo)
-            c = c.to(device=x.device, dtype=x.dtype) if isinstance(c, Tensor) else c
-            source = read(atom, output)
-            term = source * c if isinstance(c, Tensor) or c != 1 else source
-            total = term if total is None else total + term
-        return x.new_zeros(()).expand_as(x) if total is None else total
+        return weigh(form, values, output, noise=noise, known=numbers, memo=memo)
 
     def apply(table: Table, output: Tensor | None) -> None:
         values.update({write: total(form, output) for write, form in table.rows()})
@@ -73,6 +55,40 @@ def run(
             for value in [v for v in values if last_use.get(v, -1) <= stage.index and v != program.result]:
                 del values[value]
     return values[program.result], values
+
+
+def weigh(
+    form: Form,
+    values: Mapping[int, Tensor],
+    output: Tensor | None = None,
+    *,
+    noise: Callable[[int], Tensor] | None = None,
+    known: Mapping[Late, Any] | None = None,
+    memo: dict[int, Any] | None = None,
+) -> Tensor:
+    """One row of a table: the weighted sum of stored ``values`` (by id, value 0 the start), of the evaluation's ``output``,
+    of draws and of the constant 1. ``memo`` shares late expressions between rows."""
+    x = next(iter(values.values()))
+
+    def read(atom: Atom) -> Tensor:
+        if atom.kind == "value":
+            return values[atom.index]
+        if atom.kind == "one":
+            return x.new_ones(()).expand_as(x)
+        if atom.kind == "noise":
+            assert noise is not None
+            return noise(atom.index)
+        assert output is not None
+        return output
+
+    total: Tensor | None = None
+    for atom, coefficient in form.terms.items():
+        c = evaluate(coefficient, known or {}, memo)
+        c = c.to(device=x.device, dtype=x.dtype) if isinstance(c, Tensor) else c
+        source = read(atom)
+        term = source * c if isinstance(c, Tensor) or c != 1 else source
+        total = term if total is None else total + term
+    return x.new_zeros(()).expand_as(x) if total is None else total
 
 
 def _last_uses(program: Program) -> dict[int, int]:

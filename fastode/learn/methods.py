@@ -20,10 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fastode.artifact import Artifact
-from fastode.learn import steps
+from fastode.learn import d_ode, dc, steps
 
 TRAINERS: dict[str, Callable[..., Artifact]] = {
     "steps": steps.train,
+    "dc": dc.train,
+    "d_ode": d_ode.train,
 }
 
 COMMON = frozenset(

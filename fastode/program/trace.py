@@ -120,6 +120,15 @@ class Trace:
             self._step = level.index
         return kept
 
+    def inner(self, form: Form, level: Level) -> Form:
+        """``keep`` a state that is evaluated on the way to the next grid level: a Runge-Kutta node, a predicted point."""
+        return self.keep(form)
+
+    def compensated(self, form: Form, level: Level) -> Form:
+        """The output of the evaluation on ``level`` as a multistep solver steps with it and remembers it: ``form`` itself
+        here, something else where a calibrated method corrects the history (DC-Solver)."""
+        return form
+
     def program(self, x: Form, *, name: str = "program", options: Mapping[str, Any] | None = None) -> Program:
         """The finished program, returning ``x``."""
         result = self._value(x)

@@ -20,6 +20,7 @@ from fastode.solvers.coefficients import (
     exp_moments,
     functional_weights,
     power_moments,
+    settle,
     time_weights,
 )
 
@@ -37,6 +38,7 @@ def multistep(p: Trace, order: int, weights: Weights, *, finite_nodes: bool = Tr
     for _, s, t in p.grid.windows():
         d = p.denoise(x, s)
         history.push(s, p.keep(eps_of(x, d, s)) if order > 1 else eps_of(x, d, s))
+        d = settle(p, history, x, d, s, data=False)
         k = history.reach(order) if finite_nodes else min(order, len(history))
         if s.is_noise or k <= 1:
             x = p.land(ddim_step(x, d, s, t), t)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastode.program.form import Form
+from fastode.program import Form, Trace
 from fastode.scalar import Moment, Scalar
 from fastode.schedules.grid import Level
 from fastode.schedules.noise import Discrete, NoiseSchedule
@@ -41,6 +41,11 @@ def ddim_step(x: Form, d: Form, s: Level, t: Level) -> Form:
 def eps_of(x: Form, d: Form, s: Level) -> Form:
     """Noise prediction (x - alpha d) / sigma."""
     return (x - s.alpha * d) / s.sigma
+
+
+def denoised_of(x: Form, eps: Form, s: Level) -> Form:
+    """Denoised estimate (x - sigma eps) / alpha of a noise prediction."""
+    return (x - s.sigma * eps) / s.alpha
 
 
 def is_first_order(s: Level, t: Level) -> bool:
@@ -157,6 +162,10 @@ class History:
     def levels(self, count: int) -> list[Level]:
         return [level for level, _ in self._items[:count]]
 
+    def replace(self, form: Form) -> None:
+        """Another form in the place of the newest one."""
+        self._items[0] = (self._items[0][0], form)
+
     def reach(self, count: int) -> int:
         """How many of the newest ``count`` lie at finite lam; a level with alpha = 0 carries no node to interpolate on."""
         usable = 0
@@ -165,6 +174,17 @@ class History:
                 break
             usable += 1
         return usable
+
+
+def settle(p: Trace, history: History, x: Form, d: Form, s: Level, *, data: bool) -> Form:
+    """The denoised estimate to step from. That is ``d``, unless the trace compensates the newest entry of ``history``,
+    which is then replaced for good; ``data``: the history holds denoised estimates, else noise predictions."""
+    stored = history.forms(1)[0]
+    used = p.compensated(stored, s)
+    if used is stored:
+        return d
+    history.replace(used)
+    return used if data else denoised_of(x, used, s)
 
 
 def check_order(order: int, allowed: Sequence[int], solver: str) -> int:

@@ -18,7 +18,7 @@ def ddim(p: Trace, *, eta: float = 0.0, s_noise: float = 1.0) -> Form:
     check_noise(p, eta, s_noise)
     x = p.start()
     for _, s, t in p.grid.windows():
-        d = p.denoise(x, s)
+        d = p.compensated(p.denoise(x, s), s)
         down, up = (t.sigma, 0.0) if t.is_data else ancestral(s, t, eta)
         x = p.land(renoised(p, ddim_step(x, d, s, Level(t.alpha, down)), up, s_noise), t)
     return x

@@ -16,6 +16,7 @@ from fastode.solvers.coefficients import (
     exp_moments,
     functional_weights,
     is_first_order,
+    settle,
 )
 
 
@@ -50,6 +51,7 @@ def dpm_solver_pp(
     for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)
         history.push(s, d if data or order == 1 else p.keep(eps_of(x, d, s)))
+        d = settle(p, history, x, d, s, data=data or order == 1)
         k = history.reach(min(order, steps - i) if lower_order_final else order)
         if k <= 1 or is_first_order(s, t):
             x = p.land(ddim_step(x, d, s, t), t)

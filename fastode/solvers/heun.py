@@ -32,10 +32,10 @@ def heun(
         if gamma and not s.is_noise and s_tmin <= s.rho <= s_tmax:
             x, s = churned(p, x, s, gamma, s_noise)
         d = p.denoise(x, s)
-        euler = p.keep(ddim_step(x, d, s, t))
         if is_first_order(s, t):
-            x = p.land(euler, t)
+            x = p.land(ddim_step(x, d, s, t), t)
             continue
+        euler = p.inner(ddim_step(x, d, s, t), t)
         half = (t.rho - s.rho) / 2
         first = p.keep(x / s.alpha + half * eps_of(x, d, s))  # one buffer instead of x and d
         x = p.land(t.alpha * (first + half * eps_of(euler, p.denoise(euler, t), t)), t)

@@ -51,11 +51,14 @@ class Solver:
         Other options are the formula's own. Raises ``ValueError`` or ``TypeError`` naming the argument.
         """
         self.check(options)
-        levels = Grid.of(grid)
+        return self.record(Trace(Grid.of(grid), afs=bool(options.get("afs", False))), **options)
+
+    def record(self, trace: Trace, **options: Any) -> Program:
+        """Compile onto ``trace``, which holds the grid and may alter what the formula writes (calibrated methods do)."""
+        self.check(options)
         own = {k: v for k, v in options.items() if k not in MODIFIERS}
-        trace = Trace(levels, afs=bool(options.get("afs", False)))
         x = self.formula(trace, **own)
-        last = levels[-1]
+        last = trace.grid[-1]
         if options.get("denoise_to_zero", False) and not last.is_data:
             x = trace.denoise(x, last)
         return trace.program(x, name=self.name, options=options)
