@@ -20,10 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fastode.artifact import Artifact
-from fastode.learn import steps
+from fastode.learn import gits, steps
 
 TRAINERS: dict[str, Callable[..., Artifact]] = {
     "steps": steps.train,
+    "gits": gits.train,
 }
 
 COMMON = frozenset(
