@@ -70,8 +70,8 @@ def search(cost: Tensor, jumps: int, gamma: float = 1.15) -> list[int]:
         raise ValueError(f"jumps: between 1 and {n - 1} over {n} levels, got {jumps!r}")
     if not gamma > 0:
         raise ValueError(f"gamma: must be positive, got {gamma}")
-    if not bool(torch.isfinite(cost).all()):
-        raise ValueError("cost: must be finite")
+    if bool((torch.isnan(cost) | (cost == -math.inf)).any()):
+        raise ValueError("cost: must be numbers, or infinite for jumps that are not allowed")
     c = cost.tolist()
     value = [c[i][n - 1] for i in range(n - 1)]
     pointers: list[list[int]] = []
@@ -85,6 +85,8 @@ def search(cost: Tensor, jumps: int, gamma: float = 1.15) -> list[int]:
         value = new
         pointers.append(pointer)
     path = [0]
+    if not math.isfinite(value[0]):
+        raise ValueError(f"cost: allows no path of {jumps} jumps")
     for pointer in reversed(pointers):
         path.append(pointer[path[-1]])
     return [*path, n - 1]
@@ -176,11 +178,11 @@ def train(
         least = math.inf
         for m in metrics:
             for g in gammas:
-                path = search(total[m], jumps, g)
+                cost = total[m].clone()
+                if afs:
+                    cost[0, 1] = math.inf  # leave room for the extra level
+                path = search(cost, jumps, g)
                 candidates = [[0, k, *path[1:]] for k in range(1, path[1])] if afs else [path]
-                if not candidates:
-                    run.step()
-                    continue  # no room between the first two levels
                 for indices in candidates:
                     grid = pick(fine, indices, f"gits {m} gamma={g:g}")
                     key = tuple(indices)
@@ -194,7 +196,7 @@ def train(
                         run.keep(run.artifact(solver, grid, options=chosen, settings=settings, tried=tried))
                 run.step(least)
         if run.best is None:
-            raise ValueError("afs: every path goes straight to the second level; there is no room for another level")
+            raise FloatingPointError("gits: no candidate gave a finite sample")
         best = run.best
         error = Error.between(teacher.sample(best.program(), judged), truth)
         _, _, uniform = best_uniform(teacher, solver, nfe, options, judged)
