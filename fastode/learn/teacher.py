@@ -175,20 +175,31 @@ class Teacher:
         rows = check_seeds(seeds)
         return Error.between(self.sample(program, rows), self.ends(rows, program.grid).end)
 
-    def _run(self, program: Program, seeds: Tensor, denoised: list[Tensor] | None = None) -> list[Tensor]:
-        """States of one batch at every grid level (only the last without ``denoised``)."""
-        engine = Engine(program, self.denoiser, (len(seeds), *self.sample_shape), guidance=self.guidance, graph=False)
-        call: dict[str, Any] = {"class_labels": self.labels(seeds), "guidance_scale": self.guidance_scale}
-        x = self.start(seeds, program.grid)
+    def _run(self, program: Program, seeds: Tensor) -> list[Tensor]:
+        """The final states of one batch, as a list of one."""
         self.evaluations += program.nfe * len(seeds)
         with torch.no_grad():
-            if denoised is None:
-                return [engine(x, seeds=seeds, **call).cpu()]
+            return [self._engine(program, seeds)(self.start(seeds, program.grid), **self._call(seeds)).cpu()]
 
-            def look(step: int, sigma: float, state: Tensor, estimate: Tensor) -> None:
-                denoised.append(estimate.clone().cpu())
+    def follow(self, program: Program, seeds: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """One batch run step by step, nothing kept: the states at all grid levels, and at all but the last what was
+        evaluated there and its denoised estimate (the first evaluation of each step), on the CPU."""
+        seen: list[tuple[Tensor, Tensor]] = []
 
-            return [s.cpu() for s in engine(x, seeds=seeds, return_trajectory=True, callback=look, **call).states]
+        def look(step: int, sigma: float, state: Tensor, estimate: Tensor) -> None:
+            seen.append((state.clone().cpu(), estimate.clone().cpu()))
+
+        self.evaluations += program.nfe * len(seeds)
+        with torch.no_grad():
+            x = self.start(seeds, program.grid)
+            run = self._engine(program, seeds)(x, return_trajectory=True, callback=look, **self._call(seeds))
+        return [state.cpu() for state in run.states], seen
+
+    def _engine(self, program: Program, seeds: Tensor) -> Engine:
+        return Engine(program, self.denoiser, (len(seeds), *self.sample_shape), guidance=self.guidance, graph=False)
+
+    def _call(self, seeds: Tensor) -> dict[str, Any]:
+        return {"seeds": seeds, "class_labels": self.labels(seeds), "guidance_scale": self.guidance_scale}
 
     # -- trajectories -----------------------------------------------------------------------------------------------------
 
@@ -232,10 +243,9 @@ class Teacher:
         states: list[list[Tensor]] = []
         estimates: list[list[Tensor]] = []
         for part in self.batches(rows):
-            seen: list[Tensor] = []
-            reached = self._run(program, part, seen)
+            reached, seen = self.follow(program, part)
             states.append([reached[i] for i in places])
-            estimates.append([seen[i] for i in places[:-1]] if denoised else [])
+            estimates.append([seen[i][1] for i in places[:-1]] if denoised else [])
         made = Trajectories(
             rows,
             self.labels(rows),
