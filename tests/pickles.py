@@ -6,12 +6,19 @@ import io
 import pickle
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from fastode.nets.dhariwal import DhariwalUNet
+from fastode.nets.edm_blocks import Block, Conv, RandomFourier, Sinusoids
+from fastode.nets.song import SongUNet
 
 SOURCE = "raise RuntimeError('the source code in the pickle was executed')\n"
 
@@ -56,6 +63,29 @@ def as_persistent(module: nn.Module, make: Any, names: dict[type, str], **attrib
     twin = nn.ModuleDict() if isinstance(module, nn.ModuleDict) else nn.Module.__new__(type(module))
     twin.__dict__.update(state)
     return twin
+
+
+def edm_pickle(path: Path, network: nn.Module, kind: str = "EDMPrecond", **kwargs: Any) -> Path:
+    """A network of ours as the pickle that EDM's training would have written; ``kind``: the preconditioning class."""
+    names: dict[type, str] = {
+        SongUNet: "SongUNet", DhariwalUNet: "DhariwalUNet", Block: "UNetBlock", Conv: "Conv2d", nn.Linear: "Linear",
+        nn.GroupNorm: "GroupNorm", Sinusoids: "PositionalEmbedding", RandomFourier: "FourierEmbedding",
+    }  # fmt: skip
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(network.config).items()}  # type: ignore[arg-type]
+    arguments = {
+        "img_resolution": config.pop("img_resolution"), "img_channels": config.pop("in_channels"),
+        "label_dim": config.pop("label_dim"), "model_type": names[type(network)], **config, **kwargs,
+    }  # fmt: skip
+    del arguments["out_channels"]
+    with persistence() as make:
+        state: dict[str, Any] = {"training": False, "_parameters": OrderedDict(), "_buffers": OrderedDict()}
+        state["_modules"] = OrderedDict(model=as_persistent(network, make, names))
+        if kind == "iDDPMPrecond":
+            state["_buffers"]["u"] = torch.zeros(1001)
+        whole = Persistent(make, kind, {**state, "_init_args": (), "_init_kwargs": arguments})
+        data = {"ema": whole, "loss_fn": Persistent(make, "EDMLoss", {"P_mean": -1.2}), "dataset_kwargs": {"path": "x"}}
+        path.write_bytes(pickle.dumps(data))
+    return path
 
 
 class Calls:

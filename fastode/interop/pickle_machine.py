@@ -69,7 +69,7 @@ class Object:
                 for name, value in _items(module.state.get(kind)):
                     if isinstance(value, Tensor) and not (kind == "_buffers" and name in skipped):
                         found[prefix + name] = value
-            for name, value in _items(module.state.get("_modules")):
+            for name, value in reversed(_items(module.state.get("_modules"))):
                 if isinstance(value, Object):
                     todo.append((f"{prefix}{name}.", value))
         return found
