@@ -45,8 +45,9 @@ class Denoiser:
     sigma n), with sigma a tensor without dimensions (or [B, 1, ...] when it differs between samples), as the analytic
     denoisers and EDM's preconditioned networks expect.
 
-    ``prediction``: "edm" (raw network of EDM preconditioning, ``sigma_data``), "eps", "x0", "v", "flow" or "denoised".
-    ``schedule``: the noise schedule the network was trained on; by default VP-linear for eps, x0, v and Flow for flow.
+    ``prediction``: "edm" (raw network of EDM preconditioning, ``sigma_data``), "eps", "score" (sigma times the score, -eps),
+    "x0", "v", "flow" or "denoised".
+    ``schedule``: the noise schedule the network was trained on; by default VP-linear for eps, score, x0, v and Flow for flow.
     ``num_classes``: labels are 0 .. num_classes - 1; ``null_label`` stands for "no class" and makes guidance possible.
     ``transforms`` are applied to D itself (clipping, thresholding); they cannot be folded into a table.
     ``features``: named outputs that the network offers besides, e.g. "bottleneck", [B, C, h, w]: called with
