@@ -22,6 +22,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("dpm_solver_pp", {"order": 3, "exact": True}),
     *[("dpm_solver_pp_s", {"order": o, "prediction": m}) for o in (2, 3) for m in ("x0", "eps")],
     *[("deis", {"order": o, "space": s}) for o in (1, 2, 3, 4) for s in ("t", "rho", "lam")],
+    ("deis", {"order": 3, "space": "lam", "lower_order_final": True}),
     *[("ipndm", {"order": o}) for o in (1, 2, 3, 4)],
     *[("ipndm_v", {"order": o, "exact": e}) for o in (1, 2, 3, 4) for e in (False, True)],
     *[

@@ -284,6 +284,8 @@ def cases() -> Iterator[Any]:
     for order in (1, 2, 3):
         c = {"solver_order": order, "lower_order_final": False}
         yield case(f"deis{order}", DEIS, "deis", {"order": order, "space": "lam"}, 8, **c)
+        o = {"order": order, "space": "lam", "lower_order_final": True}
+        yield case(f"deis{order}-lowered", DEIS, "deis", o, 8, solver_order=order)
 
     for skip in (False, True):
         for one in (False, True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastode.denoisers.edm import edm_fields, is_edm
 from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
 from fastode.denoisers.precondition import PREDICTIONS, Scaling, scaling
 from fastode.scalar import Late, Scalar, evaluate
@@ -90,9 +91,11 @@ class Denoiser:
 
     @classmethod
     def of(cls, denoiser: Denoiser | Callable[..., Any]) -> Denoiser:
-        """``denoiser`` itself, or a plain callable ``D(x, sigma)`` in the EDM frame as one."""
+        """``denoiser`` itself, or a plain callable ``D(x, sigma)`` in the EDM frame as one; EDM's own networks too."""
         if isinstance(denoiser, Denoiser):
             return denoiser
+        if is_edm(denoiser):
+            return cls(**edm_fields(denoiser))
         if not callable(denoiser):
             raise TypeError(f"denoiser: must be a Denoiser or a callable D(x, sigma), got {type(denoiser).__name__}")
         return cls(denoiser, prediction="denoised", name=getattr(denoiser, "__name__", type(denoiser).__name__))
