@@ -20,13 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fastode.artifact import Artifact
-from fastode.learn import d_ode, dc, gits, steps
+from fastode.learn import amed, d_ode, dc, gits, steps
 
 TRAINERS: dict[str, Callable[..., Artifact]] = {
     "steps": steps.train,
     "gits": gits.train,
     "dc": dc.train,
     "d_ode": d_ode.train,
+    "amed": amed.train,
 }
 
 COMMON = frozenset(

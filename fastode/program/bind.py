@@ -81,7 +81,7 @@ class PooledMLP:
 
     def __call__(self, feature: Tensor) -> tuple[Tensor, ...]:
         """K tensors [B]. Raises ``ValueError`` for a feature of another size than the network was trained for."""
-        pooled = feature.float().mean(1).flatten(1)
+        pooled = feature.to(self.w1.dtype).mean(1).flatten(1)
         if pooled.shape[1] != self.w1.shape[1]:
             raise ValueError(
                 f"feature: the predictor was trained on {self.w1.shape[1]} pooled numbers per sample, "
