@@ -199,6 +199,8 @@ SLOTS = {  # state-sized buffers besides the network's input and output, for a n
     "dpmpp_sde": 1,
     "sa_solver": 3,
     "lcm": 0,
+    "restart": 1,
+    "sampler_scheduler": 1,
 }
 
 

@@ -11,7 +11,6 @@ from fastode.schedules.grid import Level
 from fastode.schedules.spacing import diffusion_time
 from fastode.solvers.coefficients import (
     ADAMS_BASHFORTH,
-    History,
     check_choice,
     check_order,
     combine,
@@ -19,6 +18,7 @@ from fastode.solvers.coefficients import (
     eps_of,
     exp_moments,
     functional_weights,
+    history_of,
     power_moments,
     time_weights,
 )
@@ -33,7 +33,7 @@ def multistep(p: Trace, order: int, weights: Weights, *, finite_nodes: bool = Tr
     Orders build up from 1. With ``finite_nodes`` a level at alpha = 0, where rho is infinite, is left out of the stencil;
     the step from such a level is the first-order step.
     """
-    x, history = p.start(), History(order)
+    x, history = p.start(), history_of(p, order, data=False)
     for _, s, t in p.grid.windows():
         d = p.denoise(x, s)
         history.push(s, p.keep(eps_of(x, d, s)) if order > 1 else eps_of(x, d, s))

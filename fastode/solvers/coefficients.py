@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastode.program.form import Form
+from fastode.program import Form, Trace
 from fastode.scalar import Late, Scalar
 from fastode.schedules.grid import Level
 from fastode.schedules.noise import Discrete, NoiseSchedule
@@ -196,6 +196,17 @@ class History:
                 break
             usable += 1
         return usable
+
+
+def history_of(p: Trace, size: int, *, data: bool) -> History:
+    """The history that a multistep formula starts with: empty, or the evaluations that the run has made before it.
+
+    ``data``: it holds denoised estimates; otherwise noise predictions.
+    """
+    history = History(size)
+    for level, x, d in reversed(p.past(size - 1)):
+        history.push(level, d if data else p.keep(eps_of(x, d, level)))
+    return history
 
 
 def check_order(order: int, allowed: Sequence[int], solver: str) -> int:

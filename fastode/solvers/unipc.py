@@ -16,6 +16,7 @@ from fastode.solvers.coefficients import (
     eps_of,
     exp_moment,
     functional_weights,
+    history_of,
     is_first_order,
 )
 
@@ -47,7 +48,7 @@ def unipc(
     check_choice("variant", variant, ("bh1", "bh2"))
     check_choice("prediction", prediction, ("x0", "eps"))
     data, bh2 = prediction == "x0", variant == "bh2"
-    x, history, steps = p.start(), History(order + 1), p.grid.steps
+    x, history, steps = p.start(), history_of(p, order + 1, data=data), p.grid.steps
     previous: tuple[Form, Level, int] | None = None  # corrected state, its level, order of the step taken from it
     for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)
