@@ -281,8 +281,11 @@ def test_nfe_finds_the_published_grid():
     grid, _ = solver.plan(39, grid_maker(solver, EDM()))
     assert grid.steps == 14
     assert torch.equal(grid.sigma, PRESETS["imagenet64-39"].grid(EDM()).sigma)
-    with pytest.raises(ValueError, match=r"^nfe: restart cannot make exactly 3 evaluations: intervals: "):
+    with pytest.raises(ValueError, match=r"^nfe: restart cannot make exactly 3 evaluations; it can make 18, 19"):
         solver.plan(3, grid_maker(solver, EDM()))
+    outside = restart(intervals=[(3, 1, 100.0, 200.0)])
+    with pytest.raises(ValueError, match=r"^nfe: restart cannot make exactly 9 evaluations: intervals: .* in the grid"):
+        outside.plan(9, grid_maker(outside, EDM()))
 
 
 def test_bad_intervals():
