@@ -288,6 +288,24 @@ def test_nfe_finds_the_published_grid():
         outside.plan(9, grid_maker(outside, EDM()))
 
 
+def test_from_the_command_line(capsys):
+    from fastode.cli import main
+
+    for options, nfe in (
+        (["--nfe", "43", "-o", "preset=cifar10-vp-43"], 43),
+        (["--steps", "18", "-o", "intervals=3,2,0.06,0.3; 3,1,1,2"], 47),
+        (["--steps", "6", "-o", "base=unipc(order=2)", "-o", "intervals=3,1,0.06,0.3"], 8),
+    ):
+        assert main(["describe", "--solver", "restart", *options]) == 0
+        assert f"# restart: {nfe} evaluations" in capsys.readouterr().out
+    assert (
+        main(["describe", "--solver", "sampler_scheduler", "--steps", "15", "-o", "plan=heun*10+ddim(eta=0.5)*5"]) == 0
+    )
+    assert "# sampler_scheduler: 25 evaluations" in capsys.readouterr().out
+    assert main(["describe", "--solver", "restart", "--steps", "18", "-o", "intervals=3,1,0.06"]) != 0
+    assert "intervals: must be (N_R, K, t_min, t_max) each" in capsys.readouterr().err
+
+
 def test_bad_intervals():
     grid = karras(EDM(), 18, final="zero")
     for intervals, message in [

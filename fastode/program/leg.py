@@ -24,32 +24,34 @@ from fastode.schedules.grid import Grid, Level
 class Leg(Trace):
     """What a formula sees as its trace: own grid and start; all that it records goes into ``parent``."""
 
-    __slots__ = ("_begin", "_hands_over", "_places", "_stop", "grid")
+    __slots__ = ("_begin", "_hands_over", "_parent", "_places", "_stop", "grid")
 
     def __init__(
         self, parent: Trace, grid: Grid, begin: Form, places: Mapping[int, int], stop: int | None, hands_over: bool
     ) -> None:
         self.__dict__ = parent.__dict__  # one recording: every attribute that is not one of the slots is the parent's
         self.grid, self._begin, self._places, self._stop = grid, begin, places, stop
-        self._hands_over = hands_over
+        self._parent, self._hands_over = parent, hands_over
 
     def start(self) -> Form:
         return self._begin
 
-    def past(self, count: int) -> list[Past]:
-        return self._evaluated[::-1][:count] if self._hands_over else []
+    def past(self, count: int, *, quiet: bool = False) -> list[Past]:
+        if not self._hands_over:
+            return []
+        return [e for e in reversed(self._evaluated) if e.draws == self._draws or not quiet][:count]
 
     def denoise(self, x: Form, level: Level) -> Form:
-        return super().denoise(x, self._placed(level))
+        return self._parent.denoise(x, self._placed(level))
 
     def land(self, form: Form, level: Level) -> Form:
-        kept = super().land(form, self._placed(level))
+        kept = self._parent.land(form, self._placed(level))
         if self._stop is not None and level.index == self._stop:
             raise _Landed(self, kept)
         return kept
 
     def _placed(self, level: Level) -> Level:
-        """``level`` with its index in the grid of the whole, or None where it is no level of that."""
+        """``level`` with its index in the parent's grid, or None where it is no level of that."""
         return level if level.index is None else replace(level, index=self._places.get(level.index))
 
 
@@ -72,8 +74,7 @@ def walk(
     """Record ``formula`` from state ``x`` at ``levels[0]``; it is left as soon as it lands on ``levels[stop]``.
 
     ``levels`` go on to the end of the run, so that a formula's rules about last steps mean the run's last steps, not those
-    of its part. Their ``index`` is that of the grid of the whole, or None for levels in between, whose states are nobody's
-    business. ``hands_over``: evaluations made so far at grid levels are the formula's history (:meth:`Trace.past`).
+    of its part. Their ``index`` is that of ``p``'s grid, or None for levels in between, whose states are nobody's business. ``hands_over``: evaluations made so far at grid levels are the formula's history (:meth:`Trace.past`).
     """
     places = {i: level.index for i, level in enumerate(levels) if level.index is not None}
     whole = p.grid

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastode.program.form import ONE, Atom, Form
 from fastode.program.program import Program, Stage, Table
 from fastode.schedules.grid import Grid, Level
 
-Past = tuple[Level, Form, Form]
-"""A grid level, the state at it, and the denoised estimate that was made of that state."""
+
+class Past(NamedTuple):
+    """An evaluation at a grid level: the level, the state there, its denoised estimate, and how many draws came before."""
+
+    level: Level
+    state: Form
+    denoised: Form
+    draws: int
 
 
 class Trace:
@@ -50,10 +56,11 @@ class Trace:
         self._draws += 1
         return Form({Atom("noise", self._draws - 1): 1.0})
 
-    def past(self, count: int) -> list[Past]:
+    def past(self, count: int, *, quiet: bool = False) -> list[Past]:
         """Up to ``count`` evaluations at earlier grid levels, newest first, that a multistep formula may start with.
 
         None at the start of a run. A formula that continues another one's run finds the other's (Sampler Scheduler).
+        ``quiet``: only those since the last draw, after which earlier noise predictions are about noise that is gone.
         """
         return []
 
@@ -68,7 +75,7 @@ class Trace:
         self._points.append((value, level, self._step, ("denoised",)))
         denoised = Form({Atom("output", index, "denoised"): 1.0})
         if level.index is not None and self._states.get(level.index) == value:
-            self._evaluated.append((level, x, denoised))
+            self._evaluated.append(Past(level, x, denoised, self._draws))
         return denoised
 
     def keep(self, form: Form) -> Form:

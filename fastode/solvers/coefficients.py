@@ -204,7 +204,7 @@ def history_of(p: Trace, size: int, *, data: bool) -> History:
     ``data``: it holds denoised estimates; otherwise noise predictions.
     """
     history = History(size)
-    for level, x, d in reversed(p.past(size - 1)):
+    for level, x, d, _ in reversed(p.past(size - 1, quiet=not data)):
         history.push(level, d if data else p.keep(eps_of(x, d, level)))
     return history
 

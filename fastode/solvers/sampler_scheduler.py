@@ -48,7 +48,8 @@ def segments(p: Trace, *, plan: str | Sequence[Segment] = "dpm2a-dpm2", history:
     rules about last steps (first order to sigma = 0, no noise there, falling orders) are those of the run, never of a
     segment's end. One-step solvers may therefore be split anywhere without changing a number. ``history="restart"``: a
     multistep solver begins its segment at order 1. "keep": it begins with the evaluations made at the grid levels before,
-    by whichever solver, as denoised estimates or noise predictions, whichever it interpolates.
+    by whichever solver, as denoised estimates or noise predictions, whichever it interpolates; noise predictions only as far
+    back as the last fresh noise, before which they are about other noise.
 
     Raises ``ValueError`` where the parts do not add up, or a part is no solver.
     """
