@@ -74,7 +74,8 @@ def walk(
     """Record ``formula`` from state ``x`` at ``levels[0]``; it is left as soon as it lands on ``levels[stop]``.
 
     ``levels`` go on to the end of the run, so that a formula's rules about last steps mean the run's last steps, not those
-    of its part. Their ``index`` is that of ``p``'s grid, or None for levels in between, whose states are nobody's business. ``hands_over``: evaluations made so far at grid levels are the formula's history (:meth:`Trace.past`).
+    of its part. Their ``index`` is that of ``p``'s grid, or None for levels in between, whose states are nobody's business.
+    ``hands_over``: evaluations made so far at grid levels are the formula's history (:meth:`Trace.past`).
     """
     places = {i: level.index for i, level in enumerate(levels) if level.index is not None}
     whole = p.grid
