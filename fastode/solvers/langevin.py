@@ -31,6 +31,7 @@ def predictor_corrector(
     levels: int | None = None,
     norm: str = "sample",
     first: str = "corrector",
+    mask: Tensor | None = None,
 ) -> Form:
     """Predictor-corrector samplers of score-SDE (arXiv:2011.13456, Algorithms 2 and 3): weak order 1, step size in t.
 
@@ -48,6 +49,11 @@ def predictor_corrector(
     of Euler-Maruyama, "1/N" as published (N steps make a full unit of time, although the grid stops at eps) or the grid's
     "spacing". ``levels``: N of the discrete companions beta_i and sigma_i, by default the grid's. ``first``: published code
     runs the corrector before the predictor at each level, the paper's listing after it ("predictor").
+
+    ``mask``: [*sample], 1 on elements that are given: inpainting (appendix I.2). The start must then hold the data y there,
+    without noise. After each level's corrections, and after the prediction, given elements are overwritten by alpha y +
+    sigma z with fresh noise of the same level; the result has alpha y there (the data itself on VE). Published code
+    returns the rest with the last step's noise (``final="noisy"``), although it means not to.
     """
     check_choice("predictor", predictor, PREDICTORS)
     check_choice("corrector", corrector, CORRECTORS)
@@ -56,6 +62,7 @@ def predictor_corrector(
     check_choice("norm", norm, ("sample", "batch"))
     check_choice("first", first, ("corrector", "predictor"))
     schedule = check_sde(p.grid.schedule)
+    given = None if mask is None else check_mask(mask)
     if not (math.isfinite(snr) and snr > 0):
         raise ValueError(f"snr: must be positive, got {snr}")
     if isinstance(corrector_steps, bool) or not isinstance(corrector_steps, int) or corrector_steps < 1:
@@ -83,7 +90,13 @@ def predictor_corrector(
         a = 1.0 if isinstance(schedule, VE) else 1 - beta_of(schedule, i, count)
         for _ in range(repeats):
             x = p.land(langevin_step(p, x, s, corrector, snr, a, norm), s)
-        return x
+        return p.land(impute(x, s), s) if repeats else x
+
+    def impute(x: Form, s: Level, *, noisy: bool = True) -> Form:
+        if given is None:
+            return x
+        known = (given * s.alpha) * p.start()
+        return (1 - given) * x + (known + (given * s.sigma) * p.noise() if noisy else known)
 
     x = p.start()
     for k, s in enumerate(grid):
@@ -91,6 +104,7 @@ def predictor_corrector(
         if first == "corrector":
             x = correct(x, s)
         if last and final == "none":
+            x = p.keep(impute(x, s, noisy=False))
             break
         if predictor != "none":
             length = 1 / count if step == "1/N" else (s.t if last else s.t - grid[k + 1].t)
@@ -98,11 +112,22 @@ def predictor_corrector(
             mean, std = predict(predictor, schedule, x, score, s.t, length, count, probability_flow)
             quiet = not std or (last and final == "mean")
             x = p.keep(mean if quiet else mean + std * p.noise())
+        x = p.keep(impute(x, s, noisy=not last))
         if not last:
             x = p.land(x, grid[k + 1])
             if first == "predictor":
                 x = correct(x, grid[k + 1])
     return x
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """``mask`` in float64. Raises ``ValueError`` unless it is [*sample] in [0, 1]."""
+    if not isinstance(mask, Tensor) or mask.ndim < 1:
+        raise ValueError("mask: must be a tensor [*sample], 1 on elements that are given")
+    value = mask.double()
+    if not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError("mask: must be in [0, 1]")
+    return value
 
 
 def langevin_step(p: Trace, x: Form, s: Level, corrector: str, snr: float, a: float, norm: str) -> Form:
