@@ -9,6 +9,7 @@ from fastode.solvers.ddim import ddim
 from fastode.solvers.dpm_solver import dpm_solver_2, dpm_solver_3, dpm_solver_pp_s
 from fastode.solvers.dpm_solver_pp import dpm_solver_pp
 from fastode.solvers.heun import edm, heun
+from fastode.solvers.langevin import pc
 from fastode.solvers.lcm import lcm
 from fastode.solvers.pndm import pndm
 from fastode.solvers.restart import with_restarts
@@ -64,4 +65,4 @@ SOLVERS: SolverTable = SolverTable(
     },
 )
 
-__all__ = ["SOLVERS", "Solver", "plugin"]
+__all__ = ["SOLVERS", "Solver", "pc", "plugin"]
