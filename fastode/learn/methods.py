@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastode.artifact import Artifact
-from fastode.learn import amed, d_ode, dc, gits, steps
+from fastode.learn import amed, d_ode, dc, gits, steps, v3
 
 TRAINERS: dict[str, Callable[..., Artifact]] = {
     "steps": steps.train,
@@ -28,6 +28,7 @@ TRAINERS: dict[str, Callable[..., Artifact]] = {
     "dc": dc.train,
     "d_ode": d_ode.train,
     "amed": amed.train,
+    "v3": v3.train,
 }
 
 COMMON = frozenset(
