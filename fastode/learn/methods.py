@@ -20,11 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fastode.artifact import Artifact
-from fastode.learn import gits, steps
+from fastode.learn import best, gits, ld3, steps, table
 
 TRAINERS: dict[str, Callable[..., Artifact]] = {
     "steps": steps.train,
     "gits": gits.train,
+    "ld3": ld3.train,
+    "table": table.train,
+    "best": best.train,
 }
 
 COMMON = frozenset(
