@@ -14,6 +14,24 @@ from fastode.solvers import SOLVERS
 
 __version__ = "0.1.0"
 
+_LAZY = {  # other people's interfaces: imported when asked for, since their packages may be absent and are slow to import
+    "k_diffusion": ("fastode.k_diffusion", None),
+    "FastODEScheduler": ("fastode.interop.diffusers_scheduler", "FastODEScheduler"),
+    "SchedulerMixin": ("fastode.interop.diffusers_scheduler", "SchedulerMixin"),
+    "accelerate": ("fastode.interop.accelerate", "accelerate"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastode' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _LAZY[name]
+    found = importlib.import_module(module)
+    return found if attribute is None else getattr(found, attribute)
+
+
 __all__ = [
     "GRIDS",
     "SOLVERS",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastode.scalar import Late, Scalar, log, sqrt
 from fastode.schedules.grid import Level
-from fastode.schedules.noise import NoiseSchedule
+from fastode.schedules.noise import Cosine, Discrete, NoiseSchedule, VPLinear
 
 Prediction = Literal["edm", "eps", "score", "x0", "v", "flow", "denoised"]
 PREDICTIONS: tuple[str, ...] = ("edm", "eps", "score", "x0", "v", "flow", "denoised")
@@ -78,6 +78,13 @@ def _trained_level(schedule: NoiseSchedule, level: Level) -> tuple[Any, Any, Any
     """(alpha, sigma, label) of the network's own schedule at the noise level of ``level``."""
     rho = level.rho
     if isinstance(rho, Late):
+        if type(schedule) in (
+            VPLinear,
+            Cosine,
+            Discrete,
+        ):  # alpha^2 + sigma^2 = 1: elementary, so kernels can compute it
+            alpha_vp: Any = 1 / sqrt(1 + rho * rho)
+            return alpha_vp, rho * alpha_vp, Late.apply("label", lambda r: schedule.label(schedule.time(r)).to(r), rho)
         return (
             Late.apply("alpha", lambda r: schedule.alpha(schedule.time(r)).to(r), rho),
             Late.apply("sigma", lambda r: schedule.sigma(schedule.time(r)).to(r), rho),

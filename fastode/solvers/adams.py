@@ -20,6 +20,7 @@ from fastode.solvers.coefficients import (
     exp_moments,
     functional_weights,
     power_moments,
+    settle,
     time_weights,
 )
 
@@ -27,17 +28,21 @@ Weights = Callable[[list[Level], Level], list[Any]]
 """(levels of the stored evaluations, newest first; target level) -> weight of each, in units of rho."""
 
 
-def multistep(p: Trace, order: int, weights: Weights, *, finite_nodes: bool = True) -> Form:
+def multistep(
+    p: Trace, order: int, weights: Weights, *, finite_nodes: bool = True, lower_order_final: bool = False
+) -> Form:
     """x_t/alpha_t = x/alpha_s + sum_j w_j e_j with noise predictions e_j, for dx/drho = e in the EDM frame.
 
     Orders build up from 1. With ``finite_nodes`` a level at alpha = 0, where rho is infinite, is left out of the stencil;
     the step from such a level is the first-order step.
     """
-    x, history = p.start(), History(order)
-    for _, s, t in p.grid.windows():
+    x, history, steps = p.start(), History(order), p.grid.steps
+    for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)
         history.push(s, p.keep(eps_of(x, d, s)) if order > 1 else eps_of(x, d, s))
-        k = history.reach(order) if finite_nodes else min(order, len(history))
+        d = settle(p, history, x, d, s, data=False)
+        most = min(order, steps - i) if lower_order_final else order
+        k = history.reach(most) if finite_nodes else min(most, len(history))
         if s.is_noise or k <= 1:
             x = p.land(ddim_step(x, d, s, t), t)
             continue
@@ -85,7 +90,7 @@ def ipndm_v(p: Trace, *, order: int = 4, exact: bool = False) -> Form:
     return multistep(p, order, _published_variable_weights)
 
 
-def deis(p: Trace, *, order: int = 4, space: str = "t") -> Form:
+def deis(p: Trace, *, order: int = 4, space: str = "t", lower_order_final: bool = False) -> Form:
     """DEIS (arXiv:2204.13902): NFE 1 per step, ``order`` = number of stored evaluations used; published tAB3 is order 4.
 
     w_j = int_s^t l_j(u) drho, Lagrange polynomials l_j in ``space``: "t" (tAB) diffusion time, by quadrature to float64
@@ -95,16 +100,18 @@ def deis(p: Trace, *, order: int = 4, space: str = "t") -> Form:
     check_order(order, (1, 2, 3, 4), "deis")
     check_choice("space", space, ("t", "rho", "lam"))
     if space == "rho":
-        return multistep(p, order, rho_weights)
+        return multistep(p, order, rho_weights, lower_order_final=lower_order_final)
     if space == "lam":
-        return multistep(p, order, _lam_weights)
+        return multistep(p, order, _lam_weights, lower_order_final=lower_order_final)
     clock = diffusion_time(p.grid.schedule)
 
     def weights(levels: list[Level], t: Level) -> list[Any]:
         times = [clock.time(level.rho) for level in levels]
+        if t.is_data and bool(clock.time(t.rho) == times[0]):  # a table's label 0 and sigma = 0 have one time
+            return [t.rho - levels[0].rho, *[0.0] * (len(levels) - 1)]
         return time_weights(clock, times, times[0], clock.time(t.rho), levels[0].rho, t.rho)
 
-    return multistep(p, order, weights)
+    return multistep(p, order, weights, lower_order_final=lower_order_final)
 
 
 def rho_weights(levels: list[Level], t: Level) -> list[Any]:

@@ -10,6 +10,7 @@ Gauss-Legendre on panels [rho, 2 rho]: with u analytic there (singular near rho 
 `t_of_rho` (float to float, may be infinite at 0) gives the time for space="t"; its default is VP time, ln(1 + rho^2) =
 beta_d t^2/2 + beta_min t through (t, rho) = (1e-3, 0.002) and (1, 80): diff-sampler's `edm2t`. One evaluation per step.
 
+`lower_order_final` (diffusers): at most as many nodes as steps are left.
 Step to sigma = 0: "rho" has nothing special; "t" uses t_of_rho(0) if finite, else first order; "lam" is first order.
 Step from alpha = 0: DDIM, and that level is no node later.
 """
@@ -64,6 +65,7 @@ def sample(
     order: int = 4,
     space: str = "t",
     t_of_rho: Callable[[float], float] = edm_time,
+    lower_order_final: bool = False,
 ) -> np.ndarray:
     assert order >= 1 and space in ("t", "rho", "lam")
     u = {"t": t_of_rho, "rho": lambda r: r, "lam": math.log}[space]
@@ -79,7 +81,8 @@ def sample(
         rho_s, rho_t = rho(alpha_s, sigma_s), rho(alpha_t, sigma_t)
         history.append((u(rho_s), eps_from_x0(x, x0, alpha_s, sigma_s)))
 
-        newest = history[::-1][:order]
+        left = len(alphas) - 1 - i
+        newest = history[::-1][: min(order, left) if lower_order_final else order]
         if rho_t == 0 and (space == "lam" or not math.isfinite(u(0.0))):
             newest = newest[:1]
         w = weights(u, [node for node, _ in newest], rho_s, rho_t)
