@@ -406,3 +406,37 @@ def test_cases_are_all_loaded():
     """Every tiny network above comes from some format here."""
     seen = {c for _, c in PRECONDS} | set(ADM_OPTIONS) | {"score-sde ddpmpp", "score-sde ncsnpp", "score-sde skip"}
     assert set(CASES) - seen == {"score-sde ddpm"}
+
+
+def test_amed_s_recipe_from_an_edm_pickle(tmp_path):
+    """AMED's published settings for CIFAR-10 in one command, on a small network of the same kind as that of the paper."""
+    pickled = edm_pickle(tmp_path / "edm-cifar10-32x32-uncond-vp.pkl", build_uncond(), "EDMPrecond")
+    out = tmp_path / "cifar10-amed-5.safetensors"
+    recipe = ["-o", "afs=true", "--set", "predictor=features", "--set", "loss=steps"]
+    small = ["--set", "images=2", "--set", "batch=2", "--samples", "2", "--held-out", "0"]
+    command = ["train", "solver", "amed", "--model", f"edm:{pickled}", "--nfe", "5", *recipe, *small, "--device", "cpu"]
+    assert main([*command, "--out", str(out)]) == 0
+    artifact = fastode.Artifact.load(out)
+    levels = [float(s) for s in artifact.grid.sigma]
+    assert artifact.nfe == 5 and artifact.options["afs"] is True
+    expected = [80, 6.950235, 1.286669, 0.002]  # the card's levels for N = 4; the last is the official float32's +0.7%
+    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(levels, expected, strict=True))
+    settings = artifact.card["settings"]
+    chosen = {k: settings[k] for k in ("scale_dir", "scale_time", "lr", "start", "teacher_solver", "intermediate")}
+    assert chosen == {
+        "scale_dir": 0.01, "scale_time": 0.0, "lr": 5e-3, "start": "teacher", "teacher_solver": "heun", "intermediate": 1
+    }  # fmt: skip
+    d = load(f"edm:{pickled}")
+    samples = fastode.sample(d, seeds=[0, 1], solver=artifact)
+    untrained = fastode.sample(d, seeds=[0, 1], solver="dpm_solver_2", grid=artifact.grid, afs=True)
+    assert samples.shape == (2, 3, 8, 8) and relative(samples, untrained) > 1e-4
+
+
+def build_uncond():
+    from fastode.nets.song import SongConfig, SongUNet
+    from tests.network_cases import SONG, fill
+
+    tiny = {"img_resolution": 8, "model_channels": 8, "channel_mult": (1,), "attn_resolutions": (), "augment_dim": 9}
+    network = SongUNet(SongConfig(**{**SONG, **tiny}))
+    fill(network)
+    return network.eval()
