@@ -121,6 +121,10 @@ def test_edm_bad_pickles(tmp_path):
         ValueError, match=r"lacks \d+ tensors \(enc\.16x16_block1\.norm0\.weight, .*, which the network needs"
     ):
         edm.load(path)
+    for wrong in ({"img_resolution": "x"}, {"num_blocks": None}, {"sigma_data": [1]}):
+        edm_pickle(path, network, **wrong)
+        with pytest.raises(ValueError, match="pickle: a was made with arguments that are not EDM's"):
+            edm.load(path)
     network.extra = nn.Linear(2, 2)
     edm_pickle(path, network)
     with pytest.raises(ValueError, match=r"has 2 tensors \(extra\.weight, extra\.bias\), which belong nowhere"):
@@ -207,7 +211,7 @@ def test_adm_architecture_of_a_published_size():
     assert sum(v.numel() for v in tensors.values()) == 553_838_086
     read = adm.read_architecture(tensors, "x")
     assert read == {k: v for k, v in vars(config).items() if k in read}
-    half = ADMConfig(512, 3, 6, 256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), 1000, num_head_channels=64)
+    half = ADMConfig(512, 3, 6, 64, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), 1000, num_head_channels=64)
     with torch.device("meta"):
         assert adm.read_architecture(ADMUNet(half).state_dict(), "x")["channel_mult"] == (0.5, 1, 1, 2, 2, 4, 4)
 
