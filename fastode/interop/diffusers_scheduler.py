@@ -14,7 +14,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class _Run:
         self.exact: Tensor | None = None
 
 
-class FastODEScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc] # as diffusers' own
+class FastODEScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler of diffusers that runs a solver of ``SOLVERS``.
 
     Args:
@@ -98,7 +98,7 @@ class FastODEScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc] # as 
     UniPC's corrector not run there; FlowMatchHeun's trapezoid is in t, ours in sigma/alpha.
     """
 
-    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 (as diffusers' own)
     default_levels = "DPMSolverMultistepScheduler"
 
     def __init__(
