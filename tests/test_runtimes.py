@@ -72,8 +72,8 @@ def same(
 
 def test_eager_and_compiled() -> None:
     same(runtimes.build(denoiser(), "eager"))
-    made = runtimes.build(denoiser(), "compile", batches=(4, 6), backend="aot_eager")
-    assert made.network.card.buckets == (4, 6) and max(made.network.card.error.values()) < SAME
+    made = runtimes.build(denoiser(), "compile", batches=(6,), backend="eager")
+    assert made.network.card.buckets == (6,) and max(made.network.card.error.values()) < SAME
     same(made)
 
 
@@ -209,7 +209,7 @@ def test_exported_sampler(suffix: str, tmp_path: Path) -> None:
     for match, call in {
         "x: give": lambda: sampler(),
         "x: this sampler takes up to 4": lambda: sampler(seeds=range(5)),
-        "noise: this sampler makes 2 draws": lambda: sampler(torch.zeros(1, 2, 4, 4)),
+        "noise: this sampler makes 3 draws": lambda: sampler(torch.zeros(1, 2, 4, 4)),
         "mask: this sampler has no": lambda: sampler(seeds=[1], mask=torch.zeros(1)),
     }.items():
         with pytest.raises(ValueError, match=match):
@@ -254,7 +254,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
 @onnx
 def test_operations_without_onnx_are_named(tmp_path: Path) -> None:
     net = Denoiser(Wrapped(Odd()), sample_shape=(2, 4, 4))
-    with pytest.raises(ValueError, match=r"no operation for aten.special_bessel_j0.*inner \(Odd\)"):
+    with pytest.raises(ValueError, match=r"no operation for .*bessel_j0, used in .*inner \(Odd\)"):
         runtimes.build(net, "onnx", path=tmp_path / "o")
     assert not list((tmp_path / "o").iterdir())
 
