@@ -31,7 +31,8 @@ def footer(header: Record, records: list[Record]) -> str:
     if solution.get("frechet_floor") is not None:
         text += f" {s['samples']:,} perfect samples would get a Fréchet distance of {solution['frechet_floor']:.3g}."
     if machine.get("cpu"):
-        text += f" Times on {machine.get('gpu') or machine['cpu']}, {machine.get('threads')} threads, torch {machine.get('torch')}."
+        where = machine.get("gpu") or machine["cpu"]
+        text += f" Times on {where}, {machine.get('threads')} threads, torch {machine.get('torch')}."
     return text
 
 
