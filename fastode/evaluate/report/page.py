@@ -32,7 +32,7 @@ def page(header: Record, records: list[Record]) -> str:
 def data(header: Record, records: list[Record]) -> dict[str, Any]:
     """What the page is given."""
     found = cases(records)
-    s = header["settings"]
+    s, model = header["settings"], header["model"]
     reference, features = s.get("reference"), s.get("features")
     solution = next((r for r in records if r["kind"] == "solution"), {})
     machine = header.get("machine", {})
@@ -45,7 +45,7 @@ def data(header: Record, records: list[Record]) -> dict[str, Any]:
         ("error bars", f"one standard error, by leaving out each of {s['blocks']} independent blocks of seeds"),
         (
             "levels",
-            f"each solver on the placement with the least error on {s['screen']} samples, at every number of evaluations",
+            f"each solver, at every number of evaluations, on those with the least error on {s['screen']} samples",
         ),
         (
             "converged",
@@ -61,14 +61,13 @@ def data(header: Record, records: list[Record]) -> dict[str, Any]:
         ),
         (
             "model",
-            f"{header['model']['name']}, weights {str(header['model'].get('weights'))[:12]}, {header['model']['prediction']}",
+            f"{model['name']}, weights {str(model.get('weights'))[:12]}, {model['prediction']}",
         ),
         ("machine", f"{where}, torch {machine.get('torch', '?')}, fastode {machine.get('fastode', '?')}"),
     ]
     if solution.get("frechet_floor") is not None:
-        settings.insert(
-            5, ("Fréchet floor", f"{solution['frechet_floor']:.4g}: what {s['samples']:,} perfect samples would get")
-        )
+        least = f"{solution['frechet_floor']:.4g}: what {s['samples']:,} perfect samples would get"
+        settings.insert(5, ("Fréchet floor", least))
     return {
         "model": header["model"]["name"],
         "facts": facts,

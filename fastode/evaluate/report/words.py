@@ -38,7 +38,7 @@ METRICS: dict[str, dict[str, Any]] = {
     "density": {
         "name": "density",
         "better": "high",
-        "text": "Mean number of real neighbourhoods (k = 5) that hold a sample, over k; above 1 where samples crowd the centres.",
+        "text": "Mean number of real neighbourhoods (k = 5) that hold a sample, over k; above 1 where samples crowd.",
     },
     "coverage": {
         "name": "coverage",
