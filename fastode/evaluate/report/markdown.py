@@ -64,7 +64,7 @@ def _one(metric: str, found: list[Record], converged: Record) -> str:
         f" The converged solution has {shown(converged[metric], metric)}." if converged.get(metric) is not None else ""
     )
     rows = [[f"`{label}`", *(cell(label, n) for n in nfes)] for label in sorted(labels, key=order)]
-    return f"**{title}** by evaluations.{extra}\n\n" + _markdown(["solver", *map(str, nfes)], rows)
+    return f"**{title}** by evaluations.{extra}\n\n" + markdown_table(["solver", *map(str, nfes)], rows)
 
 
 def _times(found: list[Record]) -> str:
@@ -77,11 +77,11 @@ def _times(found: list[Record]) -> str:
             rows.append(
                 [f"`{label}`", f"{per[len(per) // 2]:.3g}", f"{own[0]['state_bytes'] / 1024:.0f}", ", ".join(levels)]
             )
-    return "**Cost**\n\n" + _markdown(
+    return "**Cost**\n\n" + markdown_table(
         ["solver", "ms per image and evaluation", "buffers per image, KiB", "levels"], rows
     )
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
