@@ -55,7 +55,7 @@ test: $(VENV)/.stamp-test  ## all tests; ARGS="-k name" chooses
 bench: $(VENV)/.stamp-bench  ## all benchmarks
 	@$(PY) -m benchmarks.run $(ARGS)
 
-RESULTS := --model mnist --nfe 3-10 --dtype bfloat16 --compile
+RESULTS := --model mnist --nfe 3-10 --dtype bfloat16 --compile --screen 16
 results: $(VENV)/.stamp-test  ## the README's and docs' tables, pages and pictures, measured anew (an hour on two cores)
 	@$(VENV)/bin/fastode compare $(RESULTS) --samples 2000 --solvers $$($(PY) -m benchmarks.solvers --list solved) \
 	    --out benchmarks/results/compare.jsonl $(ARGS)

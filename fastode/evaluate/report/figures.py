@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ def write_figures(header: Record, records: list[Record], stem: Path) -> list[Pat
     made = []
     for metric in METRICS:
         if any(c.get(metric) is not None for c in found):
-            made.append(_figure(stem, metric, 2, lambda axes, m=metric: _quality(axes, m, found, converged, solution)))
+            made.append(_figure(stem, metric, 2, partial(_quality, metric, found, converged, solution)))
     if any(c.get("truncation") for c in found):
-        made.append(_figure(stem, "steps", 2, lambda axes: _steps(axes, found)))
+        made.append(_figure(stem, "steps", 2, partial(_steps, found)))
     if solution.get("paths"):
-        made.append(_figure(stem, "planes", 2, lambda axes: _planes(axes, found, solution)))
+        made.append(_figure(stem, "planes", 2, partial(_planes, found, solution)))
     return made
 
 
@@ -58,7 +59,7 @@ def _labels(found: list[Record]) -> list[str]:
     return list(dict.fromkeys(c["label"] for c in found))
 
 
-def _quality(axes: Any, metric: str, found: list[Record], converged: Record, solution: Record) -> None:
+def _quality(metric: str, found: list[Record], converged: Record, solution: Record, axes: Any) -> None:
     words = METRICS[metric]
     for ax, what, x_of in (
         (axes[0], "evaluations of the network", lambda c: c["nfe"]),
@@ -85,7 +86,7 @@ def _quality(axes: Any, metric: str, found: list[Record], converged: Record, sol
     axes[1].legend(fontsize=7, frameon=False, ncols=2)
 
 
-def _steps(axes: Any, found: list[Record]) -> None:
+def _steps(found: list[Record], axes: Any) -> None:
     nfes = sorted({c["nfe"] for c in found})
     for ax, n in zip(axes, (nfes[len(nfes) // 2], nfes[-1]), strict=True):
         for c in found:
@@ -101,7 +102,7 @@ def _steps(axes: Any, found: list[Record]) -> None:
     axes[-1].legend(fontsize=7, frameon=False, ncols=2)
 
 
-def _planes(axes: Any, found: list[Record], solution: Record) -> None:
+def _planes(found: list[Record], solution: Record, axes: Any) -> None:
     nfes = sorted({c["nfe"] for c in found})
     for ax, n in zip(axes, (nfes[0], nfes[len(nfes) // 2]), strict=True):
         path = solution["paths"][0]
