@@ -122,7 +122,10 @@ setup(
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["fastode", "fastode.*"]), "fastode.kernels"],
     package_dir={"fastode": "fastode", "fastode.kernels": "kernels"},
-    package_data={"": ["*.json"], "fastode": ["py.typed", "weights/*.safetensors", "weights/*.json"]},
+    package_data={
+        "": ["*.json"],
+        "fastode": ["py.typed", "weights/*.safetensors", "weights/*.json", "weights/solvers/*/*.safetensors"],
+    },
     exclude_package_data={"fastode": ["_native_build.json"]},  # each build writes its own
     ext_modules=[
         Extension(

@@ -10,7 +10,7 @@ def solver_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--solver",
         default="dpm_solver_pp",
-        help="see `fastode solvers`, or the .safetensors of a learned solver (default %(default)s)",
+        help="see `fastode solvers`, the file of a learned solver, or a bundled one: mnist/amed-5 (default %(default)s)",
     )
     p.add_argument("--nfe", type=int, default=None, help="exactly this many evaluations (default 5)")
     p.add_argument("--steps", type=int, default=None, help="this many steps, whatever they cost")

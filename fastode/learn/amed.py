@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -97,6 +97,12 @@ def train(
     chosen = student(solver)
     seeds = training_seeds(samples, seed)
     begun, fixed = placed(chosen, solver, nfe, dict(options or {}), grid, teacher, seeds)
+    if plan.levels == "learned" and not Levels.possible(begun):
+        if levels is not None:
+            raise ValueError(
+                f"levels: there is nothing to learn on {begun}: inner levels between two finite ones are moved"
+            )
+        plan = replace(plan, levels="fixed")
     run_seed = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -316,7 +322,8 @@ class _Trainer:
                 following = steps_of(program)[i + 1][0].net_in if i + 1 < grid.steps else program.result
                 value = self.distance(play.values[following], target.states[i + 1].to(x)).mean()  # before any corrector
                 share = len(seeds) / self.sizes[number]  # of the batch on all processes: the loss is its mean
-                (value * share).backward()
+                if value.requires_grad:  # a step of one evaluation (from a flow's start) has nothing to learn
+                    (value * share).backward()
                 total += float(value.detach()) * share
                 held[k] = {v: state.detach() for v, state in play.values.items()}
                 lates[k] = {late.name: n.detach() for late, n in play.numbers.items() if late in program.made}
