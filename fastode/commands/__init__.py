@@ -6,6 +6,6 @@ no torch.
 
 from __future__ import annotations
 
-from fastode.commands import convert, demo, describe, info, likelihood, sample, solvers, train
+from fastode.commands import bench, compare, convert, demo, describe, info, likelihood, sample, solvers, train
 
-COMMANDS = (sample, solvers, describe, likelihood, train, convert, demo, info)
+COMMANDS = (sample, compare, solvers, describe, likelihood, train, convert, bench, demo, info)
