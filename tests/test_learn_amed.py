@@ -64,7 +64,7 @@ def trainer(denoiser, solver, nfe, make=None, truth=None, afs=None, **own):
     teacher, seeds = Teacher(denoiser), training_seeds(4)
     chosen = amed_plan.student(solver)
     options = {} if afs is None else {"afs": afs}
-    grid, fixed = amed_plan.placed(chosen, solver, nfe, options, "karras", teacher, seeds)
+    grid, fixed = amed_plan.placed(chosen, nfe, options, "karras", teacher, seeds)
     made = make(grid) if make else plan.make_predictor(teacher, grid)
     draws = torch.Generator().manual_seed(0)
     t = amed._Trainer(plan, teacher, chosen, solver, grid, fixed, made, squared, seeds, draws)
@@ -354,12 +354,14 @@ def test_feature_loss(mixture):
 
 
 def test_levels_are_learned_between_their_ends(mixture):
-    artifact = train(denoiser_of(mixture), nfe=5, samples=16, batch=16, images=160, lr=0.2, progress=False)
+    artifact = train(
+        denoiser_of(mixture), nfe=5, grid="time_uniform", samples=16, batch=16, images=160, lr=0.2, progress=False
+    )
     begun = fastode.schedules.time_uniform(EDM(), 3).sigmas
     sigmas = artifact.grid.sigmas
     assert sigmas[[0, -1]].tolist() == begun[[0, -1]].tolist() and bool((sigmas.diff() < 0).all())
     assert artifact.grid.name == "learned" and not torch.allclose(sigmas, begun, rtol=0.05)
-    fixed = train(denoiser_of(mixture), nfe=5, levels="fixed", **QUICK)
+    fixed = train(denoiser_of(mixture), nfe=5, levels="fixed", grid="time_uniform", **QUICK)
     assert fixed.grid.sigmas.tolist() == begun.tolist()
 
 
@@ -369,7 +371,7 @@ def test_evaluations_and_levels(mixture):
     for nfe, count in zip(range(3, 11), (3, 3, 4, 4, 5, 5, 6, 6), strict=True):
         for base in ("amed", "ipndm", "dpm_solver_2"):
             grid, options = amed_plan.placed(
-                amed_plan.student(base), base, nfe, {}, "time_uniform", teacher, training_seeds(4)
+                amed_plan.student(base), nfe, {}, "time_uniform", teacher, training_seeds(4)
             )
             assert len(grid) == count and options.get("afs", False) == (nfe % 2 == 1)
 

@@ -78,8 +78,8 @@ def train(
 
     ``images``: trajectories seen in all, a multiple of ``samples`` if each is to be used alike; ``batch`` of them make one
     step of Adam (in the per-step loss, one for each step of the solver). ``scale_dir``, ``scale_time``: half widths of the
-    ranges around 1. ``grid``: a key of ``GRIDS``; default: for AMED-Solver time_uniform, else the placement on which the
-    solver is best to begin with. ``levels``: whether the inner levels of the grid are learned too (a roll-out can).
+    ranges around 1. ``grid``: a key of ``GRIDS``; default: the placement on which the solver is best to begin with (for
+    AMED-Solver step by step: time_uniform, as published). ``levels``: whether the inner levels of the grid are learned too (a roll-out can).
     ``place``: where the inner levels begin, at those of the solver's own finer grid ("base")
     or in the geometric middle. ``teacher_solver``, ``intermediate``: of the per-step loss; as published by default.
     ``module``: a network, or the name "package.module:function" of something that makes one, for a loss in its features.
@@ -96,7 +96,9 @@ def train(
     distance = distance_of(module, loss)
     chosen = student(solver)
     seeds = training_seeds(samples, seed)
-    begun, fixed = placed(chosen, solver, nfe, dict(options or {}), grid, teacher, seeds)
+    if grid is None and plan.loss == "steps" and SOLVERS[solver].name == "amed":
+        grid = "time_uniform"  # as published
+    begun, fixed = placed(chosen, nfe, dict(options or {}), grid, teacher, seeds)
     if plan.levels == "learned" and not Levels.possible(begun):
         if levels is not None:
             raise ValueError(
