@@ -77,13 +77,15 @@ def train(
     """AMED-Solver, or AMED plugged into ``solver``: trains the numbers r, scale_dir, scale_time of every step.
 
     ``images``: trajectories seen in all, a multiple of ``samples`` if each is to be used alike; ``batch`` of them make one
-    step of Adam (in the per-step loss, one for each step of the solver). ``scale_dir``, ``scale_time``: half widths of the
-    ranges around 1. ``grid``: a key of ``GRIDS``; default: the placement on which the solver is best to begin with (for
-    AMED-Solver step by step: time_uniform, as published). ``levels``: whether the inner levels of the grid are learned too (a roll-out can).
-    ``place``: where the inner levels begin, at those of the solver's own finer grid ("base")
-    or in the geometric middle. ``teacher_solver``, ``intermediate``: of the per-step loss; as published by default.
-    ``module``: a network, or the name "package.module:function" of something that makes one, for a loss in its features.
-    ``folder``: checkpoints and the loss curve; a run that was stopped continues there.
+    step of Adam (in the per-step loss, one for each step of the solver). ``micro``: at most so many at a time, and
+    ``checkpoint``: recompute what is inside the network on the way back; both save memory and change nothing else.
+    ``lr`` falls by half a ``cosine`` in the roll-out. ``scale_dir``, ``scale_time``: half widths of the ranges around 1.
+    ``grid``: a key of ``GRIDS``; default: the placement on which the solver is best to begin with (for AMED-Solver step by
+    step: time_uniform, as published). ``levels``: whether its inner levels are learned too, which a roll-out can.
+    ``place``: where a table's evaluation points begin, at the levels of the solver's own finer grid ("base") or in the
+    geometric middle. ``start``, ``teacher_solver``, ``intermediate``: of the per-step loss; as published by default.
+    ``module``: a network, or the name "package.module:function" of what makes one, for a loss in its features.
+    ``folder``: checkpoints and curves; a run that was stopped continues there.
     Raises ``ValueError`` naming the argument, ``FloatingPointError`` for a loss that is not finite.
     """
     plan = plan_of(
