@@ -220,9 +220,7 @@ class _Trainer:
         self.curves = Curves()
         self.done = 0
         self.start_program = self.player()
-        self._first: dict[
-            tuple[int, int, int], Evaluation
-        ] = {}  # (batch, part, step) -> evaluation of a state that stays
+        self._first: dict[tuple[int, int, int], Evaluation] = {}  # (batch, part, step) -> of a state that never changes
 
     @property
     def grid(self) -> Grid:
