@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,11 @@ def run(a: argparse.Namespace) -> None:
         teacher=teacher,
         save=lambda found: found.save(out),
         minutes=minutes,
+        **({} if a.samples is None else {"samples": a.samples}),
         **own,
     )
+    if int(os.environ.get("RANK", "0")):
+        return  # under torchrun the first process reports
     card = artifact.card
     print(f"method   {a.method}: {artifact.method} on {artifact.solver}, {artifact.nfe} evaluations")
     if "tried" in card and a.method == "best":
