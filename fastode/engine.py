@@ -423,6 +423,13 @@ class Engine:
             raise ValueError(f"x: is on {x.device}, the engine on {self.device}")
         return x.to(self.dtype)
 
+    def _check_draw(self, k: int, z: Any) -> Tensor:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"noise: draw {k} must be a tensor, got {type(z).__name__}")
+        if tuple(z.shape) != self.shape:
+            raise ValueError(f"noise: draw {k} must have shape {list(self.shape)}, got {list(z.shape)}")
+        return z
+
     def _noise_source(self, noise: NoiseSource | None, seeds: Tensor | None) -> Callable[[int], Tensor] | None:
         count = self.program.draws
         if noise is not None and not callable(noise):
@@ -433,16 +440,14 @@ class Engine:
             tensors = list(noise)
             if len(tensors) < count:
                 raise ValueError(f"noise: this program makes {count} draws, got {len(tensors)}")
+            for k in range(count):  # a list is there before the run, so what is wrong with it is said then
+                self._check_draw(k, tensors[k])
             noise = tensors.__getitem__
         if noise is not None:
             given = noise
 
             def checked(k: int) -> Tensor:
-                z = given(k)
-                if not isinstance(z, Tensor):
-                    raise TypeError(f"noise: draw {k} must be a tensor, got {type(z).__name__}")
-                if tuple(z.shape) != self.shape:
-                    raise ValueError(f"noise: draw {k} must have shape {list(self.shape)}, got {list(z.shape)}")
+                z = self._check_draw(k, given(k))
                 return z.to(device=self.device, dtype=self.dtype)
 
             return checked

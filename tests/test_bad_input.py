@@ -283,7 +283,11 @@ def test_draws_of_another_shape(backend):
             fastode.sample(
                 d, x_(), solver="ddim", eta=1.0, grid=GRID, noise=[torch.zeros(3, 5), bad, bad], backend=backend
             )
-        assert d.calls <= 2  # at the stage where it is needed
+        assert d.calls == 0  # a list is there before the run; a function is asked at the stage where it is needed
+        draws = [torch.zeros(3, 5), bad, bad]
+        with pytest.raises(error, match=f"^{message}"):
+            fastode.sample(d, x_(), solver="ddim", eta=1.0, grid=GRID, noise=lambda k: draws[k], backend=backend)
+        assert d.calls <= 2
 
 
 # -- what a call leaves behind -------------------------------------------------------------------------------------
