@@ -5,15 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastode
+from fastode.cli import main
 from fastode.controllable import colorize, inpaint
 from fastode.denoisers import Gaussian, GaussianMixture, classifier_guided, mixed
 from fastode.denoisers.controlled import grey_matrix, mix
 from fastode.drivers import adaptive
+from fastode.evaluate.pictures import picture_grid
 from fastode.schedules import EDM, VE, VPLinear, karras
 from fastode.solvers.langevin import pc
 from fastode.solvers.score_sde import score_sde_grid
+from tests import tiny_model
 from tests.conftest import make_grid, relative, start
 
 DOUBLE = torch.float64
@@ -213,3 +217,43 @@ def test_vp_returns_the_scaled_data():
     data = GaussianMixture(torch.randn(2, 4), 0.2)
     made = inpaint(data, y, torch.ones(4), grid=grid)
     assert relative(made, float(grid.alpha[-1]) * y) < 1e-15
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_keeps_what_is_given(tmp_path, capsys):
+    model = tiny_model.write(tmp_path / "model")
+    channels, side, _ = fastode.load(model).sample_shape
+    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, channels), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=pixels, labels=np.array([0, 1], dtype=np.uint8))
+    out = tmp_path / "runs" / "inpaint.png"
+    arguments = ["--model", model, "--data", tmp_path / "data.npz", "--count", 2, "--draws", 1, "--levels", 3]
+    assert main(["inpaint", *map(str, [*arguments, "--known", "top", "--given-labels", "--out", out])]) == 0
+    picture = np.asarray(Image.open(out).convert("L")).astype(int)
+    assert f"wrote    {out}" in capsys.readouterr().out
+    data = picture_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, columns=2, row_labels=["draw 1"] * 3)
+    want = np.asarray(data.convert("L")).astype(int)
+    # the pictures' cells: rows of side * 2 + 4 pixels below a margin of 8, right of the labels
+    cell = side * 2 + 4
+    left = want.shape[1] - 2 * cell - 4
+    truth = want[8 : 8 + side, left : left + side * 2]  # the upper half of the first digit
+    for row in range(3):  # data, given, draw 1
+        top = 8 + row * cell
+        assert np.array_equal(picture[top : top + side, left : left + side * 2], truth)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--known", "middle"], "known: must be one of"),
+        (["--out", "x.jpg"], "out: must end in .png"),
+        (["--draws", "0"], "draws: must be at least 1"),
+        (["--levels", "1"], "levels: must be"),
+    ],
+)
+def test_the_command_refuses(tmp_path, capsys, arguments, message):
+    model = tiny_model.write(tmp_path / "model")
+    np.savez(tmp_path / "data.npz", images=np.zeros((1, 8, 8, 1), dtype=np.uint8))
+    assert main(["inpaint", "--model", str(model), "--data", str(tmp_path / "data.npz"), *arguments]) == 2
+    assert message in capsys.readouterr().err

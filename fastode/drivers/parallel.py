@@ -360,7 +360,8 @@ class Parallel:
         overhead = max(0.0, run.seconds - calls) / run.sweeps
         # The first run of a process also warms up the network; the tables cost at most about a call per sweep.
         overhead = min(overhead, whole)
-        numbers = self.workers.agree(torch.tensor([one, whole, overhead], dtype=torch.float64)).tolist()
+        measured = torch.tensor([one, whole, overhead], dtype=torch.float64, device=self.device)
+        numbers = self.workers.agree(measured).tolist()
         n = self.program.nfe
         return Cost(numbers[0], numbers[1], numbers[2], run.window, run.sweeps, run.evaluations, n)
 
@@ -386,7 +387,7 @@ class Parallel:
         if not count:
             return None
         if seeds is None:
-            seeds = self.workers.agree(torch.randint(0, 2**62, (self.shape[0],)))
+            seeds = self.workers.agree(torch.randint(0, 2**62, (self.shape[0],), device=self.device))
         return Seeded(check_seeds(seeds, self.shape[0]), self.shape[1:], self.dtype, self.device)
 
 
