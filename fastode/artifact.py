@@ -26,6 +26,7 @@ from fastode.schedules.noise import schedule_from_dict, schedule_to_dict
 from fastode.solvers import SOLVERS, plugin
 from fastode.solvers.d_ode import d_ode
 from fastode.solvers.dc import dc
+from fastode.solvers.table import LearnedTable, retold
 
 FORMAT = "fastode-artifact-1"
 
@@ -144,8 +145,15 @@ def weights_hash(network: Any) -> str | None:
 
 
 def _grid(artifact: Artifact) -> Program:
-    """A learned placement of levels: the base solver on it."""
-    return SOLVERS[artifact.solver](artifact.grid, **artifact.options)
+    """A learned placement of levels: the base solver on it, with levels told to the network where they were learned too."""
+    program = SOLVERS[artifact.solver](artifact.grid, **artifact.options)
+    return retold(program, artifact.numbers["told"]) if "told" in artifact.numbers else program
+
+
+def _table(artifact: Artifact) -> Program:
+    """A learned table, played as it is; the base solver is where it started."""
+    table = LearnedTable.of_tensors(artifact.numbers)
+    return table.program(artifact.grid, name=f"{artifact.solver} table", options=artifact.options)
 
 
 def _amed(artifact: Artifact) -> Program:
@@ -172,6 +180,7 @@ METHODS: dict[str, Callable[[Artifact], Program]] = {
     "amed": _amed,
     "dc": _dc,
     "d_ode": _d_ode,
+    "table": _table,
 }
 """How the numbers of each method become a program."""
 

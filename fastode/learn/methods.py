@@ -20,14 +20,17 @@ from collections.abc import Callable
 from typing import Any
 
 from fastode.artifact import Artifact
-from fastode.learn import amed, d_ode, dc, gits, steps
+from fastode.learn import amed, best, d_ode, dc, gits, ld3, steps, table
 
 TRAINERS: dict[str, Callable[..., Artifact]] = {
     "steps": steps.train,
     "gits": gits.train,
+    "ld3": ld3.train,
+    "table": table.train,
     "dc": dc.train,
     "d_ode": d_ode.train,
     "amed": amed.train,
+    "best": best.train,
 }
 
 COMMON = frozenset(
