@@ -74,7 +74,7 @@ class Gaps:
     def told(self, delta: Tensor) -> list[Any]:
         share = torch.softmax(self.theta, 0)
         span = (self._position[-1] - self._position[0]).abs() if not self.by_time else 1.0
-        bound = (0.5 * span * share.min()).detach()
+        bound = 0.5 * span * share.min()
         return [1.0, *torch.exp(bound * torch.tanh(delta))]
 
 
