@@ -53,7 +53,11 @@ class Trace:
         return Form({Atom("noise", self._draws - 1): 1.0})
 
     def denoise(self, x: Form, level: Level) -> Form:
-        """E[x_0 | x] at ``level``: one evaluation. ``x`` must be a state of that level's frame, alpha x_0 + sigma n."""
+        """E[x_0 | x] at ``level``: one evaluation. ``x`` must be a state of that level's frame, alpha x_0 + sigma n.
+
+        A learned table may tell the network another level than the state's own (AMED's and EPD's time factors): that level
+        is given here, sets c_skip .. c_noise, and the program is declared ``consistent = False``.
+        """
         if self._afs and not self._points:
             self._afs = False
             size = (level.alpha**2 + level.sigma**2) ** 0.5
