@@ -93,15 +93,15 @@ def train(
             if again and best_grid is None:
                 continue
             left = (minutes * 60 - run.seconds) / 60 / (len(todo) - k)
-            own: dict[str, Any] = {"options": base[3]}
+            own: dict[str, Any] = {}
             if "grid" in _takes(name):
                 own["grid"] = best_grid[1] if again and best_grid is not None else base[2]
             began, before = time.monotonic(), teacher.evaluations
             what = f"{name} on {best_grid[1].name}" if again and best_grid is not None else name
             try:
-                found = trainer(name)(
-                    teacher.denoiser, solver=base[1], nfe=nfe, guidance_scale=teacher.guidance_scale,
-                    samples=samples, seed=seed, teacher=teacher, progress=False, minutes=max(left, 1e-3), **own,
+                found = _calibrated(
+                    name, teacher, [(base[1], base[3]), (_own_solver(name), dict(options or {}))], nfe=nfe,
+                    samples=samples, seed=seed, minutes=max(left, 1e-3), **own,
                 )  # fmt: skip
                 cost = teacher.evaluations - before
                 error = teacher.error(found.program(), seeds)
@@ -148,10 +148,42 @@ def _row(method: str, artifact: Artifact, began: float, evaluations: int) -> dic
     }
 
 
-def _takes(name: str) -> frozenset[str]:
+def _calibrated(
+    name: str, teacher: Teacher, solvers: Sequence[tuple[str | None, dict[str, Any]]], **own: Any
+) -> Artifact:
+    """``name`` on the first of ``solvers`` (with options) that it accepts; AMED, say, has a solver of its own."""
     from fastode.learn.methods import trainer
 
-    return frozenset(inspect.signature(trainer(name)).parameters)
+    why: ValueError | None = None
+    for solver, options in solvers:
+        if solver is None:
+            continue
+        given = (
+            own if why is None else {k: v for k, v in own.items() if k != "grid"}
+        )  # a grid is one of the first solver
+        try:
+            return trainer(name)(
+                teacher.denoiser, solver=solver, options=options, guidance_scale=teacher.guidance_scale,
+                teacher=teacher, progress=False, **given,
+            )  # fmt: skip
+        except ValueError as error:
+            why = why or error
+    assert why is not None
+    raise why
+
+
+def _own_solver(name: str) -> str | None:
+    from fastode.learn.methods import trainer
+
+    return inspect.signature(trainer(name)).parameters["solver"].default
+
+
+def _takes(name: str) -> frozenset[str]:
+    """Arguments of a trainer; "grid" only where it takes a :class:`Grid` and not just the name of a placement."""
+    from fastode.learn.methods import trainer
+
+    found = inspect.signature(trainer(name)).parameters
+    return frozenset(p for p, v in found.items() if p != "grid" or "Grid" in str(v.annotation))
 
 
 def _placements(

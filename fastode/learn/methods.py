@@ -25,6 +25,8 @@ from fastode.learn import amed, best, d_ode, dc, gits, ld3, steps, table, v3
 TRAINERS: dict[str, Callable[..., Artifact]] = {
     "steps": steps.train,
     "gits": gits.train,
+    "ld3": ld3.train,
+    "table": table.train,
     "dc": dc.train,
     "d_ode": d_ode.train,
     "amed": amed.train,
