@@ -124,7 +124,7 @@ setup(
     package_dir={"fastode": "fastode", "fastode.kernels": "kernels"},
     package_data={
         "": ["*.json"],
-        "fastode": ["py.typed", "weights/*.safetensors", "weights/*.json"],
+        "fastode": ["py.typed", "weights/*.safetensors", "weights/*.json", "weights/solvers/*/*.safetensors"],
         "fastode.evaluate": ["weights/*", "weights/reference/*", "report/*.html", "report/*.css", "report/*.js"],
     },
     exclude_package_data={"fastode": ["_native_build.json"]},  # each build writes its own

@@ -7,7 +7,7 @@ from fastode.denoisers import Denoiser, Guidance
 from fastode.engine import Engine, NonFiniteError, Result
 from fastode.functional import Sampler
 from fastode.graph import Graphs
-from fastode.models import load
+from fastode.models import load, load_solver
 from fastode.program import Program
 from fastode.schedules import GRIDS, Grid
 from fastode.solvers import SOLVERS
@@ -48,5 +48,6 @@ __all__ = [
     "Sampler",
     "__version__",
     "load",
+    "load_solver",
     "sample",
 ]

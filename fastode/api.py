@@ -16,6 +16,7 @@ from fastode.denoisers.base import Denoiser
 from fastode.denoisers.guidance import Guidance
 from fastode.engine import Callback, Engine, NoiseSource
 from fastode.interop.arrays import to_torch
+from fastode.models import load_solver
 from fastode.noise import check_seeds
 from fastode.schedules.grid import Grid
 from fastode.schedules.noise import NoiseSchedule
@@ -56,8 +57,8 @@ def sample(
             tensor, or an array of NumPy, CuPy, JAX or anything with DLPack, which is then also what is returned, without
             copies on the same device. May be left out when ``seeds`` (or one generator per sample) are given and the
             denoiser knows its sample shape.
-        solver: a name in ``SOLVERS``, a :class:`Solver`, or a learned solver: an :class:`Artifact` or the path of its file
-            (which brings its own grid and options).
+        solver: a name in ``SOLVERS``, a :class:`Solver`, or a learned solver: an :class:`Artifact`, the path of its file
+            or the name of a bundled one, "mnist/amed-5" (which bring their own grid and options).
         grid: a :class:`Grid`, or EDM-frame sigmas taken as given, nothing appended. Or leave it out and give ``nfe``: then
             the solver's usual grid is made with exactly that many evaluations.
         class_labels, cond: conditions; ``guidance_scale`` (a number or one per sample) turns on classifier-free guidance,
@@ -140,6 +141,10 @@ def learned(solver: Any) -> Artifact | None:
         return solver
     if isinstance(solver, os.PathLike) or (isinstance(solver, str) and solver.endswith(".safetensors")):
         return Artifact.load(solver)
+    if isinstance(solver, str) and "/" in solver:
+        model, _, rest = solver.rpartition("/")
+        name, _, nfe = rest.rpartition("-")
+        return load_solver(model, name, nfe=int(nfe) if nfe.isdecimal() else 0)
     return None
 
 

@@ -8,23 +8,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastode.api import grid_maker
 from fastode.engine import Engine
 from fastode.evaluate.pictures import picture_grid, save_image
 from fastode.evaluate.summary import print_run
-from fastode.models import load
-from fastode.solvers import SOLVERS
+from fastode.models import load, load_solver
 
-SOLVER, GRID, NFE = "unipc", "time_uniform", 5
+SOLVER, NFE = "amed_unipc", 5
 
 
 def run(out: Path, device: str) -> None:
     """Sample, show progress, write ``digits.png`` and ``previews.png``, print what was done."""
     denoiser = load("mnist", device=device)
-    assert denoiser.sample_shape is not None and denoiser.schedule is not None
-    solver = SOLVERS[SOLVER]
-    grid, options = solver.plan(NFE, grid_maker(solver, denoiser.schedule, GRID))
-    program = solver(grid, **options)
+    assert denoiser.sample_shape is not None
+    learned = load_solver("mnist", SOLVER, nfe=NFE)
+    learned.check(denoiser)
+    program = learned.program()
     labels = [c for c in range(10) for _ in range(8)]
     engine = Engine(program, denoiser, (len(labels), *denoiser.sample_shape))
     engine(seeds=range(len(labels)), class_labels=labels)  # warm-up: first-call costs are not the sampler's

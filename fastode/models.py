@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastode.artifact import Artifact
 from fastode.denoisers.base import Denoiser
 from fastode.files import write_json, write_tensors
 from fastode.schedules.noise import EDM, schedule_from_dict, schedule_to_dict
@@ -33,6 +34,28 @@ KINDS: dict[str, str] = {
 def bundled() -> list[str]:
     """Names that :func:`load` knows without a path."""
     return sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
+
+
+def bundled_solvers(model: str | None = None) -> list[str]:
+    """Learned solvers in the box, as "model/name-nfe": for one bundled model, or for all."""
+    found = (WEIGHTS / "solvers").glob(f"{model or '*'}/*.safetensors")
+    names = [f"{p.parent.name}/{p.stem}" for p in found]
+    return sorted(names, key=lambda name: (name.rpartition("-")[0], int(name.rpartition("-")[2])))
+
+
+def load_solver(model: str, name: str, *, nfe: int) -> Artifact:
+    """The learned solver ``name`` with ``nfe`` evaluations for the bundled ``model``: ``load_solver("mnist", "amed", nfe=5)``.
+
+    Give it to ``sample`` as ``solver``; its name "mnist/amed-5" says the same. "amed" is AMED-Solver, "amed_unipc" AMED
+    plugged into UniPC. Raises ``FileNotFoundError`` with what there is.
+    """
+    path = WEIGHTS / "solvers" / model / f"{name}-{nfe}.safetensors"
+    known = bundled_solvers()
+    if f"{model}/{name}-{nfe}" not in known:
+        raise FileNotFoundError(
+            f"solver: no bundled solver {model}/{name}-{nfe} (bundled: {', '.join(known) or 'none'})"
+        )
+    return Artifact.load(path)
 
 
 def load(name: str | os.PathLike[str], *, device: str = "cpu") -> Denoiser:

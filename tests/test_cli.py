@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 import fastode
-from fastode import SOLVERS, models
+from fastode import SOLVERS, Artifact, models
 from fastode.api import grid_maker
 from fastode.cli import main
 from fastode.evaluate.pictures import picture_grid, to_uint8
+from fastode.nets.predictor import StepTable, to_numbers
 from fastode.program import Program
+from fastode.schedules import EDM, karras
 from tests import tiny_model
 
 
@@ -290,12 +292,15 @@ def test_demo(tmp_path, capsys, monkeypatch):
     config = tiny_model.UNetConfig(**{**tiny_model.CONFIG.to_dict(), "num_classes": 10})
     tiny_model.write(tmp_path / "weights", name="mnist", config=config)
     monkeypatch.setattr(models, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "weights" / "solvers" / "mnist").mkdir(parents=True)
+    learned = Artifact("amed", "unipc", karras(EDM(), 3), to_numbers(StepTable(3)), {"afs": True})
+    learned.save(tmp_path / "weights" / "solvers" / "mnist" / "amed_unipc-5.safetensors")
     run("demo", "--out", tmp_path / "out", "--device", "cpu")
     shown = capsys.readouterr()
     assert re.search(r"NFE      5\n", shown.out)
     assert "for 80 images" in shown.out
     assert "5/5" in shown.err
-    for name, tiles in (("digits.png", (8, 10)), ("previews.png", (6, 10))):
+    for name, tiles in (("digits.png", (8, 10)), ("previews.png", (4, 10))):
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width >= tiles[0] * 2 * 8
             assert picture.height >= tiles[1] * 2 * 8

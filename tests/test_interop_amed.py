@@ -11,6 +11,7 @@ from torch import nn
 
 import fastode
 from fastode import Artifact
+from fastode.cli import main
 from fastode.interop.amed import convert, load, schedule_of
 from fastode.interop.unpickle import UnsafePickle
 from fastode.nets.predictor import from_numbers
@@ -143,6 +144,17 @@ def test_play(tmp_path):
     plain = fastode.Denoiser(lambda x, sigma: x / (1 + sigma**2), "denoised", EDM(), sample_shape=(3, 4, 4))
     with pytest.raises(ValueError, match=r"does not offer .* train one without features"):
         fastode.sample(plain, seeds=range(2), solver=load(tmp_path / "p.pkl"))
+
+
+def test_command_line(tmp_path, capsys):
+    official(tmp_path / "p.pkl")
+    assert main(["convert", "amed", str(tmp_path / "p.pkl"), str(tmp_path / "made.safetensors")]) == 0
+    assert "amed on ipndm, 5 evaluations" in capsys.readouterr().out
+    raw, _ = attacks(str(tmp_path / "ran"))["exec"]
+    (tmp_path / "p.pkl").write_bytes(raw)
+    assert main(["convert", "amed", str(tmp_path / "p.pkl"), str(tmp_path / "no")]) == 2
+    assert "nothing was run" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "no.safetensors").exists()
 
 
 def test_bad_files(tmp_path):

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 import fastode
 from fastode import SOLVERS, Artifact, Denoiser, Engine
+from fastode.cli import main
 from fastode.denoisers import Gaussian
 from fastode.learn import amed, amed_plan
 from fastode.learn.amed import train
 from fastode.learn.teacher import Teacher, Trajectories, training_seeds
 from fastode.learn.unroll import feature_distance, squared
 from fastode.nets.predictor import AMEDPredictor, StepTable
-from fastode.schedules import EDM
+from fastode.schedules import EDM, Flow, VPLinear
 from tests.conftest import relative
 from tests.papers import amed_training as loops
 from tests.test_amed import BEST, of
@@ -63,7 +64,7 @@ def trainer(denoiser, solver, nfe, make=None, truth=None, afs=None, **own):
     teacher, seeds = Teacher(denoiser), training_seeds(4)
     chosen = amed_plan.student(solver)
     options = {} if afs is None else {"afs": afs}
-    grid, fixed = amed_plan.placed(chosen, solver, nfe, options, "karras", teacher, seeds)
+    grid, fixed = amed_plan.placed(chosen, nfe, options, "karras", teacher, seeds)
     made = make(grid) if make else plan.make_predictor(teacher, grid)
     draws = torch.Generator().manual_seed(0)
     t = amed._Trainer(plan, teacher, chosen, solver, grid, fixed, made, squared, seeds, draws)
@@ -91,8 +92,11 @@ def spy(t):
 
 
 @pytest.mark.parametrize("afs", [False, True])
-@pytest.mark.parametrize(("solver", "step"), [("amed", loops.amed), ("ipndm", loops.ipndm)])
-def test_one_training_step_equals_the_paper(mixture, solver, step, afs):
+@pytest.mark.parametrize(
+    ("solver", "step", "start"),
+    [("amed", loops.amed, "teacher"), ("amed", loops.amed, "student"), ("ipndm", loops.ipndm, "student")],
+)
+def test_one_training_step_equals_the_paper(mixture, solver, step, start, afs):
     z = torch.randn(3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
     def table(grid):
@@ -100,7 +104,8 @@ def test_one_training_step_equals_the_paper(mixture, solver, step, afs):
         made.free.data.copy_(z)
         return made
 
-    t, x, states = trainer(denoiser_of(mixture), solver, 6 - afs, table, afs=afs, scale_dir=1 / 64, scale_time=0.25)
+    t, x, states = trainer(denoiser_of(mixture), solver, 6 - afs, table, afs=afs, start=start, scale_dir=1 / 64,
+                           scale_time=0.25)  # fmt: skip
     levels = t.grid.sigmas.tolist()
     targets = loops.heun(of(mixture), x.numpy(), levels)
     states[1:] = torch.from_numpy(np.stack(targets[1:]))
@@ -108,7 +113,7 @@ def test_one_training_step_equals_the_paper(mixture, solver, step, afs):
     losses = t.update()
     expected, gradient = loops.step_losses(
         step, of(mixture), x.numpy(), levels, targets, z.numpy(), scale_dir=1 / 64, scale_time=0.25, afs=afs,
-        from_teacher=solver == "amed",
+        from_teacher=start == "teacher",
     )  # fmt: skip
     np.testing.assert_allclose(losses, expected, rtol=1e-11)
     for i in range(3):
@@ -324,6 +329,20 @@ def test_networks_with_classes_and_guidance(tmp_path, loss, predictor):
         fastode.sample(other, seeds=range(3), solver=artifact, class_labels=[0, 1, 2], guidance_scale=2.0)
 
 
+def test_command_line(tmp_path, capsys):
+    """``fastode train solver amed``, then ``fastode sample`` with what it wrote."""
+    model, out, folder = write(tmp_path), tmp_path / "learned.safetensors", tmp_path / "run"
+    small = ["--samples", "4", "--held-out", "4", "--set", "images=8", "--set", "batch=4", "--set", f"folder={folder}"]
+    assert main(["train", "solver", "amed", "--model", str(model), "--nfe", "4", *small, "--out", str(out)]) == 0
+    assert "method   amed: amed on amed, 4 evaluations" in capsys.readouterr().out
+    assert Artifact.load(out).card["settings"]["images"] == 8 and (folder / "checkpoint.json").exists()
+    picture = tmp_path / "a.npz"
+    assert main(["sample", "--model", str(model), "--solver", str(out), "--seeds", "0-1", "--out", str(picture)]) == 0
+    small += ["--solver", "ipndm", "-o", "afs=false"]
+    assert main(["train", "solver", "amed", "--model", str(model), "--nfe", "5", *small, "--out", str(out)]) == 2
+    assert "odd ones afs=True" in capsys.readouterr().err
+
+
 def test_feature_loss(mixture):
     """In the features of the identity it is the squared error; a network of one's own gets no gradient."""
     own = torch.nn.Linear(6, 3)
@@ -339,13 +358,51 @@ def test_feature_loss(mixture):
 
 
 def test_levels_are_learned_between_their_ends(mixture):
-    artifact = train(denoiser_of(mixture), nfe=5, samples=16, batch=16, images=160, lr=0.2, progress=False)
+    artifact = train(
+        denoiser_of(mixture), nfe=5, grid="time_uniform", samples=16, batch=16, images=160, lr=0.2, progress=False
+    )
     begun = fastode.schedules.time_uniform(EDM(), 3).sigmas
     sigmas = artifact.grid.sigmas
     assert sigmas[[0, -1]].tolist() == begun[[0, -1]].tolist() and bool((sigmas.diff() < 0).all())
     assert artifact.grid.name == "learned" and not torch.allclose(sigmas, begun, rtol=0.05)
-    fixed = train(denoiser_of(mixture), nfe=5, levels="fixed", **QUICK)
+    fixed = train(denoiser_of(mixture), nfe=5, levels="fixed", grid="time_uniform", **QUICK)
     assert fixed.grid.sigmas.tolist() == begun.tolist()
+
+
+def test_evaluations_and_levels(mixture):
+    """The paper's table: 3 to 10 evaluations on 3, 3, 4, 4, 5, 5, 6, 6 levels, odd numbers with the analytical first step."""
+    teacher = Teacher(denoiser_of(mixture))
+    for nfe, count in zip(range(3, 11), (3, 3, 4, 4, 5, 5, 6, 6), strict=True):
+        for base in ("amed", "ipndm", "dpm_solver_2"):
+            grid, options = amed_plan.placed(
+                amed_plan.student(base), nfe, {}, "time_uniform", teacher, training_seeds(4)
+            )
+            assert len(grid) == count and options.get("afs", False) == (nfe % 2 == 1)
+
+
+@pytest.mark.parametrize("loss", ["steps", "rollout"])
+@pytest.mark.parametrize("kind", ["flow", "eps"])
+def test_other_frames(kind, loss):
+    """Flows start where the EDM frame is infinite: that step has nothing to learn, and levels move between finite ends only;
+    eps networks have their own times and a signal scale."""
+    schedule = {"flow": Flow(), "eps": VPLinear()}[kind]
+
+    def network(x, t):
+        return torch.tanh(x * (1 + t.reshape(-1, 1)))
+
+    model = Denoiser(network, "flow" if kind == "flow" else "eps", schedule, sample_shape=(5,), name="tiny")
+    teacher = Teacher(model, solver="ddim", tolerance=0.5)
+    for solver in ("amed", "ipndm", "dpm_solver_pp"):
+        artifact = train(model, solver=solver, nfe=5, loss=loss, teacher=teacher, grid="time_uniform", lr=0.05,
+                         samples=16, batch=16, images=160, progress=False)  # fmt: skip
+        assert artifact.card["loss"]["last"][-1] < artifact.card["loss"]["first"][-1] or loss == "steps"
+        assert (artifact.grid.name == "learned") == (kind != "flow" and loss == "rollout")
+        assert artifact.grid.schedule == schedule and artifact.nfe == 5
+        again = fastode.sample(model, seeds=range(3), solver=artifact)
+        assert bool(torch.isfinite(again).all())
+    if kind == "flow":
+        with pytest.raises(ValueError, match="levels: there is nothing to learn"):
+            train(model, nfe=5, teacher=teacher, levels="learned", **QUICK)
 
 
 def test_bad_input(mixture):

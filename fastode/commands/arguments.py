@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 
@@ -10,7 +11,7 @@ def solver_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--solver",
         default="dpm_solver_pp",
-        help="see `fastode solvers`, or the .safetensors of a learned solver (default %(default)s)",
+        help="see `fastode solvers`, the file of a learned solver, or a bundled one: mnist/amed-5 (default %(default)s)",
     )
     p.add_argument("--nfe", type=int, default=None, help="exactly this many evaluations (default 5)")
     p.add_argument("--steps", type=int, default=None, help="this many steps, whatever they cost")
@@ -61,7 +62,8 @@ def device_of(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        rank = os.environ.get("LOCAL_RANK")  # under torchrun each process has a device of its own
+        return ("cuda" if rank is None else f"cuda:{rank}") if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -84,14 +86,9 @@ def numbers(name: str, text: str) -> list[int]:
 
 
 def option(text: str) -> tuple[str, Any]:
+    from fastode.solvers.spec import value_of
+
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"option: must be NAME=VALUE, got {text!r}")
-    if value.lower() in ("true", "false"):
-        return name, value.lower() == "true"
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
+    return name, value_of(value)

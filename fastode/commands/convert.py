@@ -10,7 +10,7 @@ from fastode.commands.arguments import option
 
 def add(commands: Any) -> None:
     p = commands.add_parser("convert", help="turn a foreign checkpoint into safetensors and a card")
-    p.add_argument("kind", choices=["edm", "adm", "score_sde"], help="what wrote it")
+    p.add_argument("kind", choices=["edm", "adm", "score_sde", "amed"], help="what wrote it; amed: a predictor")
     p.add_argument("source", help="the checkpoint, such as edm-cifar10-32x32-uncond-vp.pkl")
     p.add_argument("out", help="where to write: NAME makes NAME.safetensors and NAME.json")
     p.add_argument(
@@ -27,6 +27,14 @@ def add(commands: Any) -> None:
 def run(a: argparse.Namespace) -> None:
     from fastode.models import convert, load
 
+    if a.kind == "amed":
+        from fastode.interop import amed
+
+        written = amed.convert(a.source, a.out, **dict(option(text) for text in a.option))
+        artifact = amed.Artifact.load(written)
+        print(f"{artifact.method} on {artifact.solver}, {artifact.nfe} evaluations, {artifact.grid!r}")
+        print(f"wrote {written}")
+        return
     path = convert(a.kind, a.source, a.out, **dict(option(text) for text in a.option))
     denoiser = load(path)
     print(f"{denoiser.name}: {denoiser.card['network']}, prediction {denoiser.prediction}, {denoiser.schedule!r:.80}")

@@ -14,6 +14,7 @@ def add(commands: Any) -> None:
 
 def run(a: argparse.Namespace) -> None:
     from fastode.api import grid_maker
+    from fastode.models import bundled_solvers
     from fastode.schedules import EDM
     from fastode.solvers import SOLVERS
 
@@ -29,3 +30,4 @@ def run(a: argparse.Namespace) -> None:
                 print(f"    {a.nfe} evaluations: {grid.steps} steps{extra} on {grid.name}")
             except ValueError as error:
                 print(f"    {error}")
+    print("learned, for the bundled models: " + (", ".join(bundled_solvers()) or "none"))

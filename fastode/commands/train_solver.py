@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def add(kinds: Any) -> None:
     )
     p.add_argument("--guidance", type=float, default=None, help="classifier-free guidance strength")
     p.add_argument("--labels", default=None, help="classes in turn: 3, 0-9, 1,4,7 (default: all)")
-    p.add_argument("--samples", type=int, default=64, help="trajectories to learn from (default %(default)s)")
+    p.add_argument("--samples", type=int, default=None, help="trajectories to learn from (default: the method's own)")
     p.add_argument("--held-out", type=int, default=64, help="samples to measure on (default %(default)s; 0: do not)")
     p.add_argument("--seed", type=int, default=0, help="another seed, other trajectories (default %(default)s)")
     p.add_argument("--batch", type=int, default=64, help="samples at a time (default %(default)s)")
@@ -68,21 +69,29 @@ def run(a: argparse.Namespace) -> None:
     if a.solver is not None:
         own["solver"] = a.solver
     options = dict(option(text) for text in a.option)
+    if a.samples is not None:
+        own["samples"] = a.samples
     artifact = train(
         denoiser,
         nfe=a.nfe,
         options=options,
         guidance_scale=a.guidance,
         class_labels=labels,
-        samples=a.samples,
         seed=a.seed,
         teacher=teacher,
         save=lambda found: found.save(out),
         minutes=minutes,
+        **({} if a.samples is None else {"samples": a.samples}),
         **own,
     )
+    if int(os.environ.get("RANK", "0")):
+        return  # under torchrun the first process reports
     card = artifact.card
     print(f"method   {a.method}: {artifact.method} on {artifact.solver}, {artifact.nfe} evaluations")
+    if "tried" in card and a.method == "best":
+        from fastode.learn.best import table
+
+        print(table(artifact))
     print(f"cost     {card.get('seconds', 0):.1f} s, {card.get('evaluations', 0):,} evaluations, "
           f"peak memory {card.get('peak_memory_bytes', 0) / 2**20:.0f} MiB")  # fmt: skip
     if a.held_out:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -77,13 +77,15 @@ def train(
     """AMED-Solver, or AMED plugged into ``solver``: trains the numbers r, scale_dir, scale_time of every step.
 
     ``images``: trajectories seen in all, a multiple of ``samples`` if each is to be used alike; ``batch`` of them make one
-    step of Adam (in the per-step loss, one for each step of the solver). ``scale_dir``, ``scale_time``: half widths of the
-    ranges around 1. ``grid``: a key of ``GRIDS``; default: for AMED-Solver time_uniform, else the placement on which the
-    solver is best to begin with. ``levels``: whether the inner levels of the grid are learned too (a roll-out can).
-    ``place``: where the inner levels begin, at those of the solver's own finer grid ("base")
-    or in the geometric middle. ``teacher_solver``, ``intermediate``: of the per-step loss; as published by default.
-    ``module``: a network, or the name "package.module:function" of something that makes one, for a loss in its features.
-    ``folder``: checkpoints and the loss curve; a run that was stopped continues there.
+    step of Adam (in the per-step loss, one for each step of the solver). ``micro``: at most so many at a time, and
+    ``checkpoint``: recompute what is inside the network on the way back; both save memory and change nothing else.
+    ``lr`` falls by half a ``cosine`` in the roll-out. ``scale_dir``, ``scale_time``: half widths of the ranges around 1.
+    ``grid``: a key of ``GRIDS``; default: the placement on which the solver is best to begin with (for AMED-Solver step by
+    step: time_uniform, as published). ``levels``: whether its inner levels are learned too, which a roll-out can.
+    ``place``: where a table's evaluation points begin, at the levels of the solver's own finer grid ("base") or in the
+    geometric middle. ``start``, ``teacher_solver``, ``intermediate``: of the per-step loss; as published by default.
+    ``module``: a network, or the name "package.module:function" of what makes one, for a loss in its features.
+    ``folder``: checkpoints and curves; a run that was stopped continues there.
     Raises ``ValueError`` naming the argument, ``FloatingPointError`` for a loss that is not finite.
     """
     plan = plan_of(
@@ -96,7 +98,15 @@ def train(
     distance = distance_of(module, loss)
     chosen = student(solver)
     seeds = training_seeds(samples, seed)
-    begun, fixed = placed(chosen, solver, nfe, dict(options or {}), grid, teacher, seeds)
+    if grid is None and plan.loss == "steps" and SOLVERS[solver].name == "amed":
+        grid = "time_uniform"  # as published
+    begun, fixed = placed(chosen, nfe, dict(options or {}), grid, teacher, seeds)
+    if plan.levels == "learned" and not Levels.possible(begun):
+        if levels is not None:
+            raise ValueError(
+                f"levels: there is nothing to learn on {begun}: inner levels between two finite ones are moved"
+            )
+        plan = replace(plan, levels="fixed")
     run_seed = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -210,9 +220,7 @@ class _Trainer:
         self.curves = Curves()
         self.done = 0
         self.start_program = self.player()
-        self._first: dict[
-            tuple[int, int, int], Evaluation
-        ] = {}  # (batch, part, step) -> evaluation of a state that stays
+        self._first: dict[tuple[int, int, int], Evaluation] = {}  # (batch, part, step) -> of a state that never changes
 
     @property
     def grid(self) -> Grid:
@@ -316,7 +324,8 @@ class _Trainer:
                 following = steps_of(program)[i + 1][0].net_in if i + 1 < grid.steps else program.result
                 value = self.distance(play.values[following], target.states[i + 1].to(x)).mean()  # before any corrector
                 share = len(seeds) / self.sizes[number]  # of the batch on all processes: the loss is its mean
-                (value * share).backward()
+                if value.requires_grad:  # a step of one evaluation (from a flow's start) has nothing to learn
+                    (value * share).backward()
                 total += float(value.detach()) * share
                 held[k] = {v: state.detach() for v, state in play.values.items()}
                 lates[k] = {late.name: n.detach() for late, n in play.numbers.items() if late in program.made}

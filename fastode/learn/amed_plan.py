@@ -95,7 +95,7 @@ def plan_of(**given: Any) -> Plan:
     table, rollout = given["predictor"] == "table", given["loss"] == "rollout"
     own = {
         "images": 3200 if table else 10_000,
-        "lr": 0.1 if table else 5e-3,
+        "lr": 0.15 if table else 5e-3,
         "cosine": rollout,
         "scale_dir": 0.05 if table else 0.01,
         "scale_time": 0.2 if table else 0.0,
@@ -123,7 +123,7 @@ def plan_of(**given: Any) -> Plan:
 
 
 def placed(
-    chosen: Solver, base: str, nfe: int, options: dict[str, Any], grid: str | None, teacher: Teacher, seeds: Tensor
+    chosen: Solver, nfe: int, options: dict[str, Any], grid: str | None, teacher: Teacher, seeds: Tensor
 ) -> tuple[Grid, dict[str, Any]]:
     """A grid and options with ``nfe`` evaluations; without a name, the placement on which the student begins best."""
     for name in ("r", "scale_dir", "scale_time", "predictor"):
@@ -131,7 +131,7 @@ def placed(
             raise ValueError(f"options: {name} is what is learned; leave it out")
     schedule = teacher.denoiser.schedule
     assert schedule is not None
-    names = [grid] if grid is not None else ["time_uniform"] if SOLVERS[base].name == "amed" else list(GRID_NAMES)
+    names = [grid] if grid is not None else list(GRID_NAMES)
     found: list[tuple[Grid, dict[str, Any]]] = []
     why: ValueError | None = None
     for name in names:

@@ -16,9 +16,13 @@ class Levels(nn.Module):
     def __init__(self, grid: Grid, *, learned: bool) -> None:
         super().__init__()
         self.first = grid
+        self.gaps = nn.Parameter((-grid.sigmas.log().diff()).log()) if learned else None
+
+    @staticmethod
+    def possible(grid: Grid) -> bool:
+        """Whether there are inner levels, between ends that are neither 0 nor infinite in the EDM frame."""
         rho = grid.sigmas
-        possible = grid.steps > 1 and bool(torch.isfinite(rho).all()) and bool((rho > 0).all())
-        self.gaps = nn.Parameter((-rho.log().diff()).log()) if learned and possible else None
+        return grid.steps > 1 and bool(torch.isfinite(rho).all()) and bool((rho > 0).all())
 
     def forward(self) -> Grid:
         if self.gaps is None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ class Ranks:
 
     @classmethod
     def here(cls, device: torch.device) -> Ranks:
-        """As torchrun says; joins the process group (NCCL on CUDA, gloo elsewhere) if nobody has yet."""
+        """As torchrun says; joins the process group (gloo for tensors on the CPU, NCCL on CUDA) if nobody has yet."""
         if not distributed.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(distributed.destroy_process_group)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     def share(self, rows: Tensor) -> Tensor:
