@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fastode.nets.edm_blocks import Block, Conv, last_at
 from fastode.nets.families import build_network, describe_network
-from fastode.nets.ncsnpp import grow, shrink
+from fastode.nets.ncsnpp import Filter
 from tests.conftest import relative
 from tests.network_cases import CASES, build, inputs, sparse
 
@@ -80,10 +80,11 @@ def test_resampling():
     up, down = (Conv(3, 3, 0, resample=r).double() for r in ("up", "down"))
     torch.testing.assert_close(up(x), near)
     torch.testing.assert_close(down(x), mean)
-    torch.testing.assert_close(grow(x, (1, 1)), near)
-    torch.testing.assert_close(shrink(x, (1, 1)), mean)
+    plain, smooth = Filter((1, 1)).double(), Filter((1, 3, 3, 1)).double()
+    torch.testing.assert_close(plain.grow(x), near)
+    torch.testing.assert_close(plain.shrink(x), mean)
     y = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    torch.testing.assert_close((grow(y, (1, 3, 3, 1)) * x).sum(), 4 * (y * shrink(x, (1, 3, 3, 1))).sum())
+    torch.testing.assert_close((smooth.grow(y) * x).sum(), 4 * (y * smooth.shrink(x)).sum())
     one = torch.ones_like(x)
     for made in (Conv(3, 3, 0, resample=r, taps=(1, 3, 3, 1)).double()(one) for r in ("up", "down")):
         torch.testing.assert_close(made[:, :, 1:-1, 1:-1], torch.ones_like(made)[:, :, 1:-1, 1:-1])
@@ -118,6 +119,32 @@ def test_bottleneck_is_amed_s():
     assert cifar.tap == "8x8_block3"
     x = torch.randn(1, 3, 32, 32)
     assert cifar(x, torch.zeros(1), features=True)[1]["bottleneck"].shape == (1, 16, 8, 8)
+
+
+def test_published_sizes():
+    """Parameters of EDM's networks for CIFAR-10 (DDPM++, NCSN++) and ImageNet-64 (ADM), as the official classes count them."""
+    cifar = {"channel_mult": (2, 2, 2), "augment_dim": 9}
+    ncsnpp = {
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "channel_mult_noise": 2,
+        "resample_filter": (1, 3, 3, 1),
+    }
+    with torch.device("meta"):
+        made = [build_network("song", cifar), build_network("song", {**cifar, **ncsnpp}),
+                build_network("dhariwal", {"label_dim": 1000})]  # fmt: skip
+    assert [sum(p.numel() for p in m.parameters()) for m in made] == [55_733_891, 56_397_827, 295_899_267]
+
+
+@pytest.mark.parametrize("name", ["ncsnpp residual"])
+def test_features_survive_export(name):
+    """A plain output, no hook: ``torch.export`` keeps it, to the bit."""
+    network, (x, c_noise, labels) = build(name), inputs(name)
+    arguments = (x, c_noise) if labels is None else (x, c_noise, labels)
+    exported = torch.export.export(network, arguments, {"features": True}).module()
+    raw, features = exported(*arguments, features=True)
+    expected, seen = network(*arguments, features=True)
+    assert torch.equal(raw, expected) and torch.equal(features["bottleneck"], seen["bottleneck"])
 
 
 @pytest.mark.parametrize("name", list(CASES))

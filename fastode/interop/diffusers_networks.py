@@ -247,10 +247,10 @@ class Flux(nn.Module):
             raise ValueError(f"x: Flux needs even sides, got {height} x {width}")
         rows, columns = height // 2, width // 2
         text = _needs("encoder_hidden_states", encoder_hidden_states, x)
-        sides = (torch.arange(1), torch.arange(rows), torch.arange(columns))
+        sides = (torch.arange(n, device=x.device) for n in (1, rows, columns))
         at = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1)  # (0, row, column) of each patch
         if self.model.config.guidance_embeds and guidance is None:
-            guidance = torch.full((b,), 3.5)
+            guidance = x.new_full((b,), 3.5)
         patches = x.reshape(b, c, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, 4 * c)
         out = self.model(
             hidden_states=patches,

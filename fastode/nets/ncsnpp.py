@@ -68,23 +68,31 @@ def _conv(c_in: int, c_out: int, kernel: int = 3) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
 
-def _taps(kernel: Sequence[float], x: Tensor, gain: float) -> Tensor:
-    """The separable filter of every channel, [C, 1, k, k]."""
-    line = torch.tensor(kernel, dtype=x.dtype, device=x.device)
-    line = line / line.sum()
-    return (gain * torch.outer(line, line)).expand(x.shape[1], 1, -1, -1)
+class Filter(nn.Module):
+    """Resampling by 2 with the separable FIR ``kernel``; (1, 1) is nearest neighbour, and the mean.
 
+    The taps are a buffer, not made in the call: a copy from the host would keep the call out of a CUDA graph.
+    """
 
-def grow(x: Tensor, kernel: Sequence[float]) -> Tensor:
-    """Twice the resolution by the FIR ``kernel``; (1, 1) is nearest neighbour."""
-    pad = (len(kernel) - 1) // 2
-    return functional.conv_transpose2d(x, _taps(kernel, x, 4.0), stride=2, padding=pad, groups=x.shape[1])
+    taps: Tensor
 
+    def __init__(self, kernel: Sequence[float]) -> None:
+        super().__init__()
+        line = torch.tensor(kernel, dtype=torch.float32) / sum(kernel)
+        self.register_buffer("taps", torch.outer(line, line)[None, None], persistent=False)
+        self.pad = (len(kernel) - 1) // 2
 
-def shrink(x: Tensor, kernel: Sequence[float]) -> Tensor:
-    """Half the resolution by the FIR ``kernel``; (1, 1) is the mean."""
-    pad = (len(kernel) - 1) // 2
-    return functional.conv2d(x, _taps(kernel, x, 1.0), stride=2, padding=pad, groups=x.shape[1])
+    def weight(self, x: Tensor) -> Tensor:
+        """[C, 1, k, k]."""
+        return self.taps.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+
+    def grow(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, 2h, 2w]."""
+        return functional.conv_transpose2d(x, 4 * self.weight(x), stride=2, padding=self.pad, groups=x.shape[1])
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h/2, w/2]."""
+        return functional.conv2d(x, self.weight(x), stride=2, padding=self.pad, groups=x.shape[1])
 
 
 class Fourier(Exact):
@@ -142,7 +150,7 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         self.scale, self.resize, self.dropout = scale, resize, config.dropout
-        self.kernel = config.fir_kernel if config.fir else (1.0, 1.0)
+        self.filter = None if resize is None else Filter(config.fir_kernel if config.fir else (1, 1))
         self.GroupNorm_0 = _norm(c_in)
         self.Conv_0 = _conv(c_in, c_out)
         self.Dense_0 = nn.Linear(embedding, c_out)
@@ -156,9 +164,9 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = functional.silu(self.GroupNorm_0(x))
-        if self.resize is not None:
-            change = grow if self.resize == "up" else shrink
-            h, x = change(h, self.kernel), change(x, self.kernel)
+        if self.filter is not None:
+            change = self.filter.grow if self.resize == "up" else self.filter.shrink
+            h, x = change(h), change(x)
         h = self.Conv_0(h) + self.Dense_0(embedding)[:, :, None, None]
         h = functional.silu(self.GroupNorm_1(h))
         if self.dropout:
@@ -177,7 +185,8 @@ class Resample(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, config: NCSNppConfig, direction: str, *, conv: bool) -> None:
         super().__init__()
-        self.direction, self.taps = direction, config.fir_kernel if config.fir else None
+        self.direction, self.fir = direction, config.fir
+        self.filter = Filter(config.fir_kernel if config.fir else (1, 1))
         self.kind = ("Conv2d_0" if config.fir else "Conv_0") if conv else ""
         if conv:
             halving = direction == "down"
@@ -186,14 +195,14 @@ class Resample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv = getattr(self, self.kind) if self.kind else nn.Identity()
         if self.direction == "up":
-            out: Tensor = conv(grow(x, (1, 1)))
+            out: Tensor = conv(self.filter.grow(x))
         elif not self.kind:
-            out = shrink(x, (1, 1))
-        elif self.taps is None:
+            out = self.filter.shrink(x)
+        elif not self.fir:
             out = conv(functional.pad(x, (0, 1, 0, 1)))
         else:
-            x = functional.pad(x, (1 + (len(self.taps) - 1) // 2,) * 4)
-            out = conv(functional.conv2d(x, _taps(self.taps, x, 1.0), groups=x.shape[1]))
+            x = functional.pad(x, (1 + self.filter.pad,) * 4)
+            out = conv(functional.conv2d(x, self.filter.weight(x), groups=x.shape[1]))
         return out
 
 
@@ -268,6 +277,7 @@ class NCSNpp(nn.Module):
             layers += [_norm(now), _conv(now, c.num_channels)]
         self.all_modules = nn.ModuleList(layers)
         self.scale = scale
+        self.filter = Filter(c.fir_kernel if c.fir else (1, 1))  # of the pyramids of input and output
 
     def forward(
         self, x: Tensor, c_noise: Tensor, *, features: bool = False
@@ -280,7 +290,6 @@ class NCSNpp(nn.Module):
         e = silu(next(layers)(silu(e)))
         sides = [c.image_size // 2**i for i in range(len(c.ch_mult))]
         tapped = sides.index(8) if 8 in sides else len(sides) - 1
-        kernel = c.fir_kernel if c.fir else (1.0, 1.0)
 
         h = next(layers)(x)
         skips, pyramid, bottleneck = [h], x, h
@@ -296,7 +305,7 @@ class NCSNpp(nn.Module):
                 down = next(layers)
                 h = down(h, e) if c.resblock_type == "biggan" else down(h)
                 if c.progressive_input == "input_skip":
-                    pyramid = shrink(pyramid, kernel)
+                    pyramid = self.filter.shrink(pyramid)
                     h = next(layers)(pyramid, h)
                 elif c.progressive_input == "residual":
                     h = pyramid = (next(layers)(pyramid) + h) * self.scale
@@ -312,7 +321,7 @@ class NCSNpp(nn.Module):
             if c.progressive == "output_skip":
                 norm, conv = next(layers), next(layers)
                 made = conv(silu(norm(h)))
-                pyramid = made if level == len(sides) - 1 else grow(pyramid, kernel) + made
+                pyramid = made if level == len(sides) - 1 else self.filter.grow(pyramid) + made
             if level:
                 up = next(layers)
                 h = up(h, e) if c.resblock_type == "biggan" else up(h)
