@@ -22,7 +22,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-SOURCES = ["csrc/bindings.cpp", "csrc/combine_cpu.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/combine_cpu.cpp", "csrc/numbers_cpu.cpp"]
 MODULE = "_native" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 
@@ -122,7 +122,11 @@ setup(
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["fastode", "fastode.*"]), "fastode.kernels"],
     package_dir={"fastode": "fastode", "fastode.kernels": "kernels"},
-    package_data={"": ["*.json"], "fastode": ["py.typed", "weights/*.safetensors", "weights/*.json"]},
+    package_data={
+        "": ["*.json"],
+        "fastode": ["py.typed", "weights/*.safetensors", "weights/*.json"],
+        "fastode.evaluate": ["weights/*", "weights/reference/*", "report/*.html", "report/*.css", "report/*.js"],
+    },
     exclude_package_data={"fastode": ["_native_build.json"]},  # each build writes its own
     ext_modules=[
         Extension(

@@ -120,7 +120,7 @@ def main() -> None:
         "guidance": a.guidance,
         "guided_class_accuracy": float((classifier.predict(judge, guided) == wanted).double().mean()),
         "converged_class_accuracy": float((classifier.predict(judge, truth) == wanted).double().mean()),
-        "classifier": json.loads(classifier.WEIGHTS.with_suffix(".json").read_text()),
+        "classifier": json.loads((classifier.WEIGHTS / "mnist.json").read_text()),
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "commit": commit(),

@@ -76,6 +76,15 @@ def _cases() -> tuple[Case, ...]:
         Case("ipndm"),
         Case("ipndm_v"),
         Case("edm"),
+        Case("euler_ancestral"),
+        Case("dpm_2_ancestral"),
+        Case("dpmpp_2s_ancestral"),
+        Case("ddpm"),
+        Case("sde_dpm_solver_pp"),
+        Case("dpmpp_3m_sde"),
+        Case("dpmpp_sde"),
+        Case("sa_solver"),
+        Case("lcm"),
     )
 
 

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -11,6 +13,7 @@
 #include <vector>
 
 #include "combine.h"
+#include "numbers.h"
 #include "philox.h"
 
 namespace py = pybind11;
@@ -160,6 +163,78 @@ class Executor {
         u.weights_stride = samples == 1 ? 0 : int64_t(rows * stride);
     }
 
+    // The late numbers of a run: those that come with a call are set by `set_leaf`, the others are made by `make`.
+    void set_leaves(size_t count) { leaves_.assign(count * size_t(batch_), 0.0); }
+    void set_leaf(size_t leaf, const std::vector<double>& values) {
+        if (leaf * size_t(batch_) >= leaves_.size() || (values.size() != 1 && values.size() != size_t(batch_)))
+            throw std::invalid_argument("leaf: need one number or one per sample");
+        for (size_t b = 0; b < size_t(batch_); ++b)
+            leaves_[leaf * size_t(batch_) + b] = values.size() == 1 ? values[0] : values[b];
+    }
+
+    // What is made before update `index`. `matrices`: w1, b1, w2, b2, head, offset, low, high. Numbers of the network
+    // go to the leaves `made`; the code reads the leaves `inputs`, then `constants`. Its outputs are written to
+    // `entries` (update, row, column), the rest to `levels` (address, dtype), one number per sample.
+    void numbers(size_t index, const std::vector<std::vector<float>>& matrices, const std::vector<size_t>& made,
+                 const std::vector<size_t>& inputs, const std::vector<double>& constants,
+                 const std::vector<std::array<int, 3>>& code, const std::vector<size_t>& outputs,
+                 const std::vector<std::array<size_t, 3>>& entries,
+                 const std::vector<std::pair<Address, int>>& levels) {
+        Made m;
+        m.mlp.w1 = matrices.at(0), m.mlp.b1 = matrices.at(1), m.mlp.w2 = matrices.at(2), m.mlp.b2 = matrices.at(3);
+        m.mlp.head = matrices.at(4), m.mlp.offset = matrices.at(5), m.mlp.low = matrices.at(6);
+        m.mlp.high = matrices.at(7);
+        m.mlp.hidden = int64_t(m.mlp.b1.size()), m.mlp.width = int64_t(m.mlp.b2.size());
+        m.mlp.heads = int64_t(m.mlp.offset.size());
+        m.mlp.inputs = m.mlp.hidden ? int64_t(m.mlp.w1.size()) / m.mlp.hidden : 0;
+        m.made = made, m.inputs = inputs, m.outputs = outputs, m.entries = entries, m.levels = levels;
+        m.registers.assign((inputs.size() + constants.size() + code.size()) * size_t(batch_), 0.0);
+        for (size_t k = 0; k < constants.size(); ++k)
+            for (size_t b = 0; b < size_t(batch_); ++b)
+                m.registers[(inputs.size() + k) * size_t(batch_) + b] = constants[k];
+        m.first = int64_t(inputs.size() + constants.size());
+        for (const auto& [op, a, b] : code) {
+            if (op < 0 || op >= int(Op::count)) throw std::invalid_argument("code: unknown operation");
+            m.code.push_back({Op(op), a, b});
+        }
+        if (made_.size() <= index) made_.resize(index + 1);
+        made_[index] = std::move(m);
+    }
+
+    // Makes the numbers of update `index` from a feature [batch, channels, inputs] and writes all weights that wait for
+    // them.
+    void make(size_t index, Address data, int dtype, int64_t channels, int64_t inputs, int64_t stride_b,
+              int64_t stride_c, int64_t stride_p) {
+        Made& m = made_.at(index);
+        if (inputs != m.mlp.inputs) throw std::invalid_argument("feature: of another size than the network's");
+        Feature f{pointer(data), dtype_of(dtype), channels, stride_b, stride_c, stride_p};
+        const size_t batch = size_t(batch_);
+        fresh_.resize(size_t(m.mlp.heads) * batch);
+        pooled_mlp(m.mlp, f, batch_, fresh_.data());
+        for (size_t k = 0; k < m.made.size(); ++k) std::copy_n(&fresh_[k * batch], batch, &leaves_[m.made[k] * batch]);
+        for (size_t k = 0; k < m.inputs.size(); ++k)
+            std::copy_n(&leaves_[m.inputs[k] * batch], batch, &m.registers[k * batch]);
+        run_code(m.code, m.first, batch_, m.registers.data());
+        for (size_t k = 0; k < m.entries.size(); ++k) {
+            const auto [update, row, column] = m.entries[k];
+            Bound& bound = bounds_.at(update);
+            const size_t stride = size_t(bound.update.columns), rows = size_t(bound.update.n_out);
+            const size_t at = row * stride + size_t(bound.columns.at(column));
+            const double* from = &m.registers[m.outputs[k] * batch];
+            for (size_t b = 0; b < batch; ++b) bound.numbers.set(b * rows * stride + at, from[b], state_);
+        }
+        for (size_t k = 0; k < m.levels.size(); ++k) {
+            const double* from = &m.registers[m.outputs[m.entries.size() + k] * batch];
+            const auto [address, kind] = m.levels[k];
+            for (size_t b = 0; b < batch; ++b) {
+                if (dtype_of(kind) == DType::f64)
+                    static_cast<double*>(pointer(address))[b] = from[b];
+                else
+                    static_cast<float*>(pointer(address))[b] = float(from[b]);
+            }
+        }
+    }
+
     // Once per run: where the seeds lie (0: draws come as tensors), and how many threads to use.
     void begin(Address seeds, int threads) {
         seeds_ = static_cast<const int64_t*>(pointer(seeds));
@@ -202,6 +277,10 @@ class Executor {
         explicit Numbers(std::vector<double> from) : wide(std::move(from)) {}
         void assign(size_t n, double value) { wide.assign(n, value); }
         double& operator[](size_t i) { return wide[i]; }
+        void set(size_t i, double value, DType dtype) {
+            wide[i] = value;
+            if (dtype != DType::f64) narrow[i] = float(value);
+        }
         const void* as(DType dtype) {
             if (dtype == DType::f64) return wide.data();
             narrow.assign(wide.begin(), wide.end());
@@ -215,6 +294,16 @@ class Executor {
         std::vector<int> columns, noise;  // of the sources: their column, and the inputs that are draws
         Numbers numbers;
         std::vector<std::unique_ptr<Numbers>> elements;
+    };
+
+    struct Made {
+        Mlp mlp;
+        std::vector<size_t> made, inputs, outputs;
+        std::vector<Instruction> code;
+        std::vector<double> registers;
+        int64_t first = 0;
+        std::vector<std::array<size_t, 3>> entries;
+        std::vector<std::pair<Address, int>> levels;
     };
 
     void* slot(int index) const {
@@ -237,6 +326,8 @@ class Executor {
     const int64_t* seeds_ = nullptr;
     int threads_ = 1;
     std::vector<Bound> bounds_;
+    std::vector<Made> made_;
+    std::vector<double> leaves_, fresh_;
 };
 
 void normal(Address seeds, int64_t batch, uint32_t draw, int64_t count, int dtype, Address out, int threads) {
@@ -271,6 +362,10 @@ PYBIND11_MODULE(_native, m) {
         .def(py::init<std::vector<int64_t>, int, uintptr_t, const Described&>())
         .def("add", &Executor::add)
         .def("load", &Executor::load)
+        .def("set_leaves", &Executor::set_leaves)
+        .def("set_leaf", &Executor::set_leaf)
+        .def("numbers", &Executor::numbers)
+        .def("make", &Executor::make)
         .def("begin", &Executor::begin)
         .def("update", &Executor::update)
         .def("update_any", &Executor::update_any);

@@ -23,7 +23,9 @@ from fastode.files import write_tensors
 from fastode.program import Program
 from fastode.schedules.grid import Grid
 from fastode.schedules.noise import schedule_from_dict, schedule_to_dict
-from fastode.solvers import SOLVERS
+from fastode.solvers import SOLVERS, plugin
+from fastode.solvers.d_ode import d_ode
+from fastode.solvers.dc import dc
 
 FORMAT = "fastode-artifact-1"
 
@@ -146,8 +148,30 @@ def _grid(artifact: Artifact) -> Program:
     return SOLVERS[artifact.solver](artifact.grid, **artifact.options)
 
 
+def _amed(artifact: Artifact) -> Program:
+    """AMED-Solver, or AMED plugged into the base solver, with the predictor that the numbers are."""
+    from fastode.nets.predictor import from_numbers
+
+    base = SOLVERS[artifact.solver]
+    solver = base if base.name == "amed" else plugin(base)
+    return solver(artifact.grid, predictor=from_numbers(artifact.numbers), **artifact.options)
+
+
+def _dc(artifact: Artifact) -> Program:
+    """Compensation ratios of DC-Solver: one per step, on any solver with a history."""
+    return dc(SOLVERS[artifact.solver], artifact.grid, artifact.numbers["ratios"].tolist(), **artifact.options)
+
+
+def _d_ode(artifact: Artifact) -> Program:
+    """Lambdas of a D-ODE solver: one per state, on any solver that lands on each level once."""
+    return d_ode(SOLVERS[artifact.solver], artifact.grid, artifact.numbers["lambdas"].tolist(), **artifact.options)
+
+
 METHODS: dict[str, Callable[[Artifact], Program]] = {
     "grid": _grid,
+    "amed": _amed,
+    "dc": _dc,
+    "d_ode": _d_ode,
 }
 """How the numbers of each method become a program."""
 

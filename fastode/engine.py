@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastode.backends import BACKENDS, choose, reference
-from fastode.backends.base import Buffers, Executor
+from fastode.backends.base import Buffers, Executor, make_numbers
 from fastode.denoisers.base import Condition, Denoiser
 from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
 from fastode.draws import Draws, Generated, Seeded
@@ -21,7 +21,7 @@ from fastode.graph import Graphs, Mode
 from fastode.noise import check_seeds, normal
 from fastode.program import Program, Stage
 from fastode.program.lower import Call, Lowered, lower
-from fastode.scalar import Late, evaluate, is_known
+from fastode.scalar import Late, evaluate
 
 Callback = Callable[[int, float, Tensor, Tensor], Any]
 NoiseSource = Callable[[int], Tensor] | Sequence[Tensor]
@@ -45,13 +45,25 @@ class Result:
 class _Workspace:
     """Memory of one run in flight; borrowed for a call and given back, never shared.
 
-    ``c_noise[i]``: what the network is told in call i, or None where that is known only with the call.
+    ``c_noise[i]``: what the network is told in call i, or None where that is known only with the call; what is made in the
+    run is written there. ``makes``: the executor makes all numbers of the run itself (:mod:`fastode.backends.late`).
     """
 
     buffers: Buffers
     executor: Executor
     draws: Draws
     c_noise: tuple[Tensor | None, ...]
+    makes: bool
+
+    def tell(self, denoiser: Denoiser) -> Callable[[int, Any], None]:
+        """What writes a level that the run has made to its place."""
+
+        def write(call: int, value: Any) -> None:
+            level = self.c_noise[call]
+            assert level is not None
+            level.copy_(denoiser.c_noise(value, self.buffers.net_in))
+
+        return write
 
 
 class NonFiniteError(ValueError):
@@ -112,6 +124,7 @@ class Engine:
         self._free: dict[bool, queue.SimpleQueue[_Workspace]] = {False: queue.SimpleQueue(), True: queue.SimpleQueue()}
         for stage in program.stages:  # a level that the prediction cannot handle is an error now, not in the run
             self.denoiser.scaling(stage.level)
+            self.denoiser.check_outputs(stage.outputs)
         if self.backend != "reference":
             self._lower(watch=False)
 
@@ -230,11 +243,14 @@ class Engine:
         watcher: _Watcher,
         keep: bool,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        def denoise(x: Tensor, stage: Stage, late: Mapping[Late, Any]) -> Tensor:
+        def denoise(x: Tensor, stage: Stage, late: Mapping[Late, Any]) -> tuple[Tensor, dict[str, Tensor]]:
             def check(raw: Tensor) -> None:
                 self._check(stage, raw)
 
-            return self.denoiser.denoise(x, stage.level, condition, guidance=self.guidance, known=late, check=check)
+            names = [name for name in stage.outputs if name != "denoised"]
+            return self.denoiser.denoise_and_features(
+                x, stage.level, condition, guidance=self.guidance, known=late, check=check, names=names
+            )
 
         visit = watcher.visit
         made, values = reference.run(self.program, denoise, start, noise=source, known=known, visit=visit, keep=keep)
@@ -260,6 +276,8 @@ class Engine:
         # An executor that looks at the network outputs while it reads them saves a pass over each, 7 us for 4 elements.
         finite_by_update = self.check_finite and getattr(executor, "reports_finite", False)
         memo: dict[int, Any] = {}
+        numbers = dict(known)
+        makes = work.makes and not transforms and not watcher.looks
         intact = True
         try:
             executor.load(known)
@@ -267,10 +285,10 @@ class Engine:
             for i, (call, c_noise) in enumerate(zip(lowered.calls, work.c_noise, strict=True)):
                 on = self.guidance if call.outputs > 1 else None
                 if c_noise is None:
-                    c_noise = denoiser.c_noise(evaluate(call.c_noise, known, memo), net_in)
-                version = net_in._version
-                outputs = denoiser.raw(net_in, c_noise, condition, on)
-                if net_in._version != version or (work.c_noise[i] is not None and c_noise._version):
+                    c_noise = denoiser.c_noise(evaluate(call.c_noise, numbers, memo), net_in)
+                version = net_in._version, c_noise._version
+                outputs, features = denoiser.raw_and_features(net_in, c_noise, condition, on, call.features)
+                if (net_in._version, c_noise._version) != version:
                     intact = False
                     raise RuntimeError("network: it changed its input in place; wrap it so that it works on a copy")
                 looked_at = finite_by_update and not transforms and not watcher.wants(call.stage)
@@ -278,16 +296,21 @@ class Engine:
                     for raw in outputs:
                         self._check(call.stage, raw)
                 if transforms or watcher.wants(call.stage):
-                    state = self._state(call, work.buffers, known)
+                    state = self._state(call, work.buffers, numbers)
                     if watcher.wants(call.stage) and call.point.kind == "slot":
                         state = state.clone()  # the callback may keep it; the slot is written again
-                    denoised = denoiser.assemble(state, outputs, call.stage.level, on, known)
+                    denoised = denoiser.assemble(state, outputs, call.stage.level, on, numbers)
                     if watcher.visit(call.stage, state, denoised):
                         return state.clone(), self._states(lowered, work.buffers, i) if keep else []
                     if transforms:
                         outputs = (denoised,)
                 else:
                     watcher.visit(call.stage, None, None)
+                if lowered.binds[i + 1]:
+                    if makes:
+                        executor.make(i + 1, features)  # type: ignore[attr-defined]
+                    else:
+                        make_numbers(lowered, executor, i + 1, numbers, start, outputs, features, work.tell(denoiser))
                 if not executor.update(i + 1, start, outputs, result) and looked_at:
                     raise self._not_finite(call.stage)
             return result, self._states(lowered, work.buffers, len(lowered.calls)) if keep else []
@@ -319,10 +342,12 @@ class Engine:
             with torch.inference_mode(False):  # this memory serves later calls too, which may be in another mode
                 slots = torch.empty((lowered.slots, *self.shape), device=self.device, dtype=self.dtype)
                 net_in = torch.empty(self.shape, device=self.device, dtype=self.net_dtype)
-                numbers = [evaluate(call.c_noise, {}) if is_known(call.c_noise) else None for call in lowered.calls]
-                c_noise = tuple(None if n is None else self.denoiser.c_noise(n, net_in) for n in numbers)
+                levels = tuple(self.denoiser.told(call, net_in) for call in lowered.calls)
             buffers, draws = Buffers(slots, net_in), Draws()
-            return _Workspace(buffers, BACKENDS[self.backend].bind(lowered, buffers, draws), draws, c_noise)
+            executor = BACKENDS[self.backend].bind(lowered, buffers, draws)
+            prepare = getattr(executor, "prepare", None)
+            makes = bool(lowered.program.binds) and prepare is not None and prepare(levels)
+            return _Workspace(buffers, executor, draws, levels, makes)
 
     def _check(self, stage: Stage, output: Tensor) -> None:
         if self.check_finite and not bool(torch.isfinite(output).all()):
@@ -442,6 +467,10 @@ class _Watcher:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    @property
+    def looks(self) -> bool:
+        return self.callback is not None
 
     def wants(self, stage: Stage) -> bool:
         return self.callback is not None and stage.step != self._last_step

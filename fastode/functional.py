@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastode.backends.late import Plan, Plans
 from fastode.backends.packing import Packing
 from fastode.denoisers.base import Condition, Denoiser
 from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
-from fastode.program import Program
+from fastode.program import PooledMLP, Program
 from fastode.program.lower import Lowered, Source, Target, lower
 from fastode.scalar import Late, evaluate
 
@@ -33,6 +34,25 @@ class Numbers(NamedTuple):
     table: Tensor
     fields: Tensor
     c_noise: Tensor
+
+
+class _Maker:
+    """Makes the numbers before one update, in tensor operations that a compiler can trace."""
+
+    def __init__(self, plan: Plan, places: Tensor, mlp: PooledMLP) -> None:
+        self.plan, self.places, self.mlp = plan, places, mlp
+
+    def make(
+        self, features: Mapping[str, Tensor], numbers: Numbers, leaves: dict[int, Tensor], told: dict[int, Tensor]
+    ) -> Numbers:
+        """``numbers`` with the new weights; late numbers are added to ``leaves``, levels of later calls to ``told``."""
+        plan = self.plan
+        made = self.mlp(features[plan.feature])
+        leaves.update({leaf: value.double() for leaf, value in zip(plan.made, made, strict=True)})
+        values = plan.code.run([leaves[leaf] for leaf in plan.inputs])
+        entries = torch.cat(values[: len(plan.entries)]).to(numbers.table.dtype)
+        told.update(zip(plan.calls, values[len(plan.entries) :], strict=True))
+        return numbers._replace(table=numbers.table.index_copy(0, self.places, entries))
 
 
 class Sampler(nn.Module):
@@ -78,12 +98,17 @@ class Sampler(nn.Module):
             for update, packed in zip(self._lowered.updates, self._packing.updates, strict=True)
         )
         self._guided = tuple(call.outputs > 1 for call in self._lowered.calls)
+        self._makers = self._made()
 
     def numbers(self, program: Program | None = None, *, guidance_scale: Any = None) -> Numbers:
         """The numbers of a call: of ``program`` (of this structure; by default the sampler's own) at
         ``guidance_scale``, one number or [B]. Raises ``ValueError`` naming the first update whose structure differs."""
         lowered, packing = self._lowered, self._packing
         if program is not None and program is not self.program:
+            if self._makers or program.binds:
+                raise ValueError(
+                    "program: one whose run makes numbers itself belongs to its own sampler; build another"
+                )
             lowered = self._lower(program)
             packing = Packing(lowered, self.shape)
             self._compare(lowered, packing)
@@ -100,11 +125,30 @@ class Sampler(nn.Module):
 
     def _levels(self, lowered: Lowered, known: Mapping[Late, Any]) -> Tensor:
         memo: dict[int, Any] = {}
-        values = [torch.as_tensor(evaluate(c.c_noise, known, memo), dtype=torch.float64) for c in lowered.calls]
+        told = [1.0 if call.due else evaluate(call.c_noise, known, memo) for call in lowered.calls]
+        values = [torch.as_tensor(value, dtype=torch.float64) for value in told]
         if any(v.numel() > 1 for v in values):
             values = [v.reshape(-1).expand(self.shape[0]) for v in values]
         flat = torch.stack([v.reshape(-1) if v.ndim else v for v in values]) if values else torch.zeros(0)
         return flat.to(device=self.device, dtype=self.dtype)
+
+    def _made(self) -> dict[int, _Maker]:
+        """What makes the late numbers of the run, by the update they are made before."""
+        if not self.program.binds:
+            return {}
+        plans = Plans.of(self._lowered)
+        if plans is None or self._lowered.late:
+            raise ValueError(
+                "program: here the numbers that a run makes itself must come from a PooledMLP, enter elementary expressions, "
+                "and not meet numbers of the call; use an Engine"
+            )
+        batch = torch.arange(self.shape[0], device=self.device)
+        makers = {}
+        for index, plan in plans.by_update.items():
+            packed = [(self._packing.updates[u], r, c) for u, r, c in plan.entries]
+            places = [p.offset + r * p.columns + c + batch * p.width for p, r, c in packed]
+            makers[index] = _Maker(plan, torch.cat(places), plan.mlp.to(self.device))
+        return makers
 
     def _lower(self, program: Program) -> Lowered:
         denoiser = self.denoiser
@@ -137,11 +181,18 @@ class Sampler(nn.Module):
         result = torch.empty_like(x)
         condition = Condition(class_labels, cond, None)
         outputs: Sequence[Tensor] = ()
+        features: Mapping[str, Tensor] = {}
+        leaves: dict[int, Tensor] = {}
+        told: dict[int, Tensor] = {}
         for i in range(len(self._updates)):
+            if i in self._makers:
+                numbers = self._makers[i].make(features, numbers, leaves, told)
             self._update(i, numbers, slots, x, net_in, outputs, result, seeds)
             if i < len(self._guided):
-                c_noise = self.denoiser.c_noise(numbers.c_noise[i], net_in)
-                outputs = self.denoiser.raw(net_in, c_noise, condition, self.guidance if self._guided[i] else None)
+                c_noise = self.denoiser.c_noise(told.get(i, numbers.c_noise[i]), net_in)
+                on = self.guidance if self._guided[i] else None
+                names = self._lowered.calls[i].features
+                outputs, features = self.denoiser.raw_and_features(net_in, c_noise, condition, on, names)
         return result
 
     def _update(

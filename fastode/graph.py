@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from fastode.backends import BACKENDS
-from fastode.backends.base import Buffers
+from fastode.backends.base import Buffers, make_numbers
 from fastode.denoisers.base import Condition
 from fastode.scalar import Late, evaluate
 from fastode.shelf import GraphError, Key, Ring, Shelf, pays
 
 if TYPE_CHECKING:
     from fastode.engine import Engine
+    from fastode.program.lower import Call
 
 Mode = Literal["auto"] | bool
 
@@ -177,6 +178,8 @@ class Run:
         )
         self.levels: list[Tensor] = []
         self.outputs: Any = ()
+        self.numbers: dict[Late, Any] = {}
+        self.makes = False
 
     def fill(self, start: Tensor, condition: Condition, known: Mapping[Late, Any], source: Any) -> None:
         """Overwrite everything that a call may change."""
@@ -194,27 +197,55 @@ class Run:
         for k, tensor in enumerate(self.draws.given):
             tensor.copy_(source(k))
         self.executor.load(known)
-        if not self.levels or any(isinstance(c.c_noise, Late) for c in self.lowered.calls):
-            memo: dict[int, Any] = {}
-            new_levels = [
-                self.engine.denoiser.c_noise(evaluate(c.c_noise, known, memo), self.net_in) for c in self.lowered.calls
-            ]
-            if self.levels:
-                for level, value in zip(self.levels, new_levels, strict=True):
-                    level.copy_(value)
+        self._keep_numbers(known)
+        if not self.levels:
+            with torch.inference_mode(False):
+                told = [self.engine.denoiser.told(call, self.net_in) for call in self.lowered.calls]
+                levels = zip(told, self.lowered.calls, strict=True)
+                self.levels = [self._told(call, known).clone() if t is None else t for t, call in levels]
+            prepare = getattr(self.executor, "prepare", None)
+            self.makes = bool(self.lowered.program.binds) and prepare is not None and prepare(self.levels)
+        for level, call in zip(self.levels, self.lowered.calls, strict=True):
+            if isinstance(call.c_noise, Late) and not call.due:
+                level.copy_(self._told(call, known))
+
+    def _tell(self, call: int, value: Any) -> None:
+        self.levels[call].copy_(self.engine.denoiser.c_noise(value, self.net_in))
+
+    def _told(self, call: Call, known: Mapping[Late, Any]) -> Tensor:
+        return self.engine.denoiser.c_noise(evaluate(call.c_noise, known), self.net_in)
+
+    def _keep_numbers(self, known: Mapping[Late, Any]) -> None:
+        """The call's late numbers at fixed places on the device, where numbers made in the run are computed from them."""
+        if not self.lowered.program.binds:
+            return
+        each = (self.start.shape[0], *[1] * (self.start.ndim - 1))
+        for late, value in known.items():
+            tensor = torch.as_tensor(value, dtype=torch.float64).expand(each)
+            if late in self.numbers:
+                self.numbers[late].copy_(tensor, non_blocking=True)
             else:
                 with torch.inference_mode(False):
-                    self.levels = [level.clone() for level in new_levels]
+                    self.numbers[late] = tensor.to(self.start.device, copy=True)
 
     def body(self) -> None:
         """All but the last update. ``call`` tells how far it got."""
         engine, last = self.engine, len(self.lowered.calls)
         self.call = -1
+        numbers = dict(self.numbers)
         for i in range(last):
             self.executor.update(i, self.start, self.outputs if i else (), self.unused)
             self.call = i
-            on = engine.guidance if self.lowered.calls[i].outputs > 1 else None
-            self.outputs = engine.denoiser.raw(self.net_in, self.levels[i], self.condition, on)
+            call = self.lowered.calls[i]
+            on = engine.guidance if call.outputs > 1 else None
+            self.outputs, features = engine.denoiser.raw_and_features(
+                self.net_in, self.levels[i], self.condition, on, call.features
+            )
+            if self.lowered.binds[i + 1] and self.makes:
+                self.executor.make(i + 1, features)  # type: ignore[attr-defined]
+            elif self.lowered.binds[i + 1]:
+                made = (self.lowered, self.executor, i + 1, numbers, self.start, self.outputs, features)
+                make_numbers(*made, self._tell)
 
     def finish(self, result: Tensor) -> None:
         """The last update, into ``result`` [B, *sample]."""
@@ -372,8 +403,13 @@ class Graphs:
         if engine.denoiser.transforms:
             return "the denoiser has transforms, whose coefficients are not in a table"
         bakes = self._recorder is None or self._recorder.bakes
-        if bakes and engine._lower(watch=False).late and not getattr(BACKENDS[engine.backend], "device_tables", False):
-            return f"backend {engine.backend!r} takes its weights from the host, and some of them come with the call"
+        lowered = engine._lower(watch=False)
+        if (
+            bakes
+            and (lowered.late or lowered.program.binds)
+            and not getattr(BACKENDS[engine.backend], "device_tables", False)
+        ):
+            return f"backend {engine.backend!r} takes its weights from the host, and some of them come with the call or the run"
         return None
 
     def _refuse(self, kind: Key | None, reason: str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias, Union
 
 import torch
@@ -130,6 +131,17 @@ def _power(base: Any, exponent: Any) -> Any:
     return torch.pow(torch.as_tensor(base, dtype=exponent.dtype, device=exponent.device), exponent)
 
 
+OPERATIONS: dict[Callable[..., Any], str] = {
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
+    operator.neg: "neg",
+    _power: "pow",
+}
+"""What a late number may be made with and still be compiled (:mod:`fastode.program.code`), besides :class:`Moment`."""
+
+
 def _function(
     name: str, on_float: Callable[[float], float], on_tensor: Callable[[Tensor], Tensor]
 ) -> Callable[[Any], Any]:
@@ -141,6 +153,7 @@ def _function(
 
     apply.__name__ = name
     apply.__doc__ = f"{name}(x) of a float, tensor or late number."
+    OPERATIONS[either] = name
     return apply
 
 
@@ -154,6 +167,51 @@ def _log(x: float) -> float:
 
 
 log = _function("log", _log, torch.log)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """M_k(h) = int_0^h e^{sign (h - u)} u^k/k! du: the phi functions of exponential integrators, times h^(k+1).
+
+    Of a float, tensor or late number. For small h the recursion M_k = sign (M_{k-1} - h^k/k!) cancels, so the power series
+    is summed instead.
+    """
+
+    k: int
+    sign: int
+
+    def __call__(self, h: Scalar) -> Any:
+        if isinstance(h, Late):
+            return Late(f"{'K' if self.sign > 0 else 'J'}{self.k}", self, (h,))
+        if isinstance(h, Tensor):
+            return self._of_tensor(h)
+        k, sign = self.k, self.sign
+        if abs(h) < k + 1:
+            term = h ** (k + 1) / math.factorial(k + 1)
+            total = term
+            for j in range(1, 40):
+                term *= sign * h / (k + 1 + j)
+                total += term
+            return total
+        value = sign * math.expm1(sign * h)
+        for i in range(1, k + 1):
+            value = sign * (value - h**i / math.factorial(i))
+        return value
+
+    def _of_tensor(self, h: Tensor) -> Tensor:
+        k, sign = self.k, self.sign
+        small = h.abs() < k + 1
+        near = torch.where(small, h, torch.zeros_like(h))  # the branch not taken must not poison gradients
+        term = near ** (k + 1) / math.factorial(k + 1)
+        series = term
+        for j in range(1, 40):
+            term = term * sign * near / (k + 1 + j)
+            series = series + term
+        far = torch.where(small, torch.ones_like(h), h)
+        value = sign * torch.expm1(sign * far)
+        for i in range(1, k + 1):
+            value = sign * (value - far**i / math.factorial(i))
+        return torch.where(small, series, value)
 
 
 def finite(value: Scalar) -> bool:

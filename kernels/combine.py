@@ -19,14 +19,17 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES = 4  # elements per thread: one 128-bit access in float32, and exactly one Philox block
+# Elements per thread: one 128-bit access in float32, and exactly one Philox block. With 8, 16-bit tensors would be read and
+# written in 128 bits too instead of 64 (whole sectors either way), but Triton 3.6 then passes every float32 store through
+# shared memory: 4 KB and 9 to 24 more registers a thread (UniPC: 62 instead of 38), seen in the code for sm_90.
+LANES = 4
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LIMIT = 2**31 - 2**16  # offsets up to here fit in 32 bits, whatever a partly masked block adds
 
@@ -106,6 +109,87 @@ def _cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def read(
+    sources,
+    draws,
+    seeds,
+    n,
+    stride,
+    b,
+    block,
+    j,
+    other,
+    inside,
+    STATE: tl.constexpr,
+    NOISE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    GATHER: tl.constexpr,
+    BARRIER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """This program's elements of all sources, then of NOISE draws whose numbers lie at ``draws``: a tuple in STATE.
+
+    The other arguments are those of :func:`combine_kernel`; ``j`` and ``other`` number the elements of sample ``b``.
+    """
+    columns = ()
+    for i in tl.static_range(len(sources)):
+        at = other if (SWAPPED >> i) & 1 else j
+        base = b * stride if (STRIDED >> i) & 1 else b * n
+        columns = columns + (tl.load(sources[i] + base + at, mask=inside).to(STATE),)
+    if BARRIER:
+        tl.debug_barrier()
+    if NOISE:
+        seed = tl.load(seeds + b)
+        for k in tl.static_range(NOISE):
+            draw = tl.load(draws + k).to(tl.int32)
+            if GATHER:
+                z0, z1, z2, z3 = _normal4(seed, other // 4, draw, STATE)
+                lane = other % 4
+                z = tl.where(lane < 2, tl.where(lane == 0, z0, z1), tl.where(lane == 2, z2, z3))
+            else:
+                quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+                z0, z1, z2, z3 = _normal4(seed, quad, draw, STATE)
+                z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [BLOCK])
+            columns = columns + (z,)
+    return columns
+
+
+@triton.jit
+def weigh(
+    columns,
+    weights,
+    fields,
+    field_size,
+    inside,
+    STATE: tl.constexpr,
+    PATTERN: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    R: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """R weighted sums of the columns (and of 1, if ONE): a tuple in STATE. ``fields``: at this program's elements."""
+    N: tl.constexpr = len(columns)
+    C: tl.constexpr = N + ONE
+    totals = ()
+    for r in tl.static_range(R):
+        total = tl.zeros([BLOCK], STATE)
+        for c in tl.static_range(C):
+            if (PATTERN >> (r * C + c)) & 1:
+                if ELEMENTS[r * C + c]:
+                    w = tl.load(fields + (ELEMENTS[r * C + c] - 1) * field_size, mask=inside)
+                else:
+                    w = tl.load(weights + (r * C + c))
+                if c < N:
+                    total += w * columns[c]
+                else:
+                    total += w
+        totals = totals + (total,)
+    return totals
+
+
+@triton.jit
 def combine_kernel(
     sources,
     targets,
@@ -151,7 +235,6 @@ def combine_kernel(
     """
     T: tl.constexpr = len(sources)
     R: tl.constexpr = len(targets)
-    C: tl.constexpr = T + NOISE + ONE
     program = tl.program_id(0)
     b = program // blocks
     block = program % blocks
@@ -164,44 +247,14 @@ def combine_kernel(
     if SWAPPED or GATHER:
         other = (j % minor) * major + j // minor
 
-    columns = ()
-    for i in tl.static_range(T):
-        at = other if (SWAPPED >> i) & 1 else j
-        base = b * stride if (STRIDED >> i) & 1 else b * n
-        columns = columns + (tl.load(sources[i] + base + at, mask=inside).to(STATE),)
-    if BARRIER:
-        tl.debug_barrier()
-
     weights = table + b * table_stride
-    if NOISE:
-        seed = tl.load(seeds + b)
-        for k in tl.static_range(NOISE):
-            draw = tl.load(weights + (R * C + k)).to(tl.int32)
-            if GATHER:
-                z0, z1, z2, z3 = _normal4(seed, other // 4, draw, STATE)
-                lane = other % 4
-                z = tl.where(lane < 2, tl.where(lane == 0, z0, z1), tl.where(lane == 2, z2, z3))
-            else:
-                quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-                z0, z1, z2, z3 = _normal4(seed, quad, draw, STATE)
-                z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [BLOCK])
-            columns = columns + (z,)
-
-    totals = ()
-    for r in tl.static_range(R):
-        total = tl.zeros([BLOCK], STATE)
-        for c in tl.static_range(C):
-            if (PATTERN >> (r * C + c)) & 1:
-                if ELEMENTS[r * C + c]:
-                    array = fields + (ELEMENTS[r * C + c] - 1) * field_size
-                    w = tl.load(array + b * field_stride + j, mask=inside)
-                else:
-                    w = tl.load(weights + (r * C + c))
-                if c < T + NOISE:
-                    total += w * columns[c]
-                else:
-                    total += w
-        totals = totals + (total,)
+    columns = read(
+        sources, weights + R * (T + NOISE + ONE), seeds, n, stride, b, block, j, other, inside,
+        STATE, NOISE, STRIDED, SWAPPED, GATHER, BARRIER, BLOCK,
+    )  # fmt: skip
+    totals = weigh(
+        columns, weights, fields + b * field_stride + j, field_size, inside, STATE, PATTERN, ELEMENTS, R, ONE, BLOCK
+    )
     # Only now, so that no load of a weight waits behind a store.
     for r in tl.static_range(R):
         at = other if (SWAPPED >> (T + r)) & 1 else j
@@ -238,6 +291,54 @@ def place(tensor: Tensor, last: bool = False) -> Place | None:
     return None
 
 
+class Layout(NamedTuple):
+    """Where the elements of several tensors [B, *sample] lie, as :func:`combine_kernel` takes it."""
+
+    stride: int
+    strided: int
+    swapped: int
+    reach: int
+    minor: int
+    major: int
+    gather: bool
+    field_size: int
+    field_stride: int
+
+
+def layout(
+    tensors: Sequence[Tensor],
+    like: Tensor,
+    *,
+    draws: int = 0,
+    fields: Tensor | None = None,
+    last: bool = False,
+    places: Sequence[Place] | None = None,
+) -> Layout:
+    """The layout of ``tensors``, all shaped like ``like``. Raises ``ValueError`` if a sample is not dense in memory."""
+    batch, n = like.shape[0], like[0].numel()
+    found = [place(t, last) for t in tensors] if places is None else places
+    stride, strided, swapped, reach = n, 0, 0, batch * n
+    for i, p in enumerate(found):
+        if p is None:
+            raise ValueError(f"combine: a sample must be dense in memory, got strides {tensors[i].stride()}")
+        if p.last != last:
+            swapped |= 1 << i
+        if p.stride != n:
+            if strided and p.stride != stride:
+                raise ValueError("combine: tensors with padding between samples must have the same padding")
+            strided, stride, reach = strided | 1 << i, p.stride, max(reach, batch * p.stride)
+    minor, major = 1, 1
+    gather = last and draws > 0
+    if swapped or gather:
+        channels = like.shape[1]
+        minor, major = (channels, n // channels) if last else (n // channels, channels)
+    field_size, field_stride = 1, 0
+    if fields is not None:
+        field_size, field_stride = fields[0].numel(), n if fields.shape[1] > 1 else 0
+        reach = max(reach, fields.numel())
+    return Layout(stride, strided, swapped, reach, minor, major, gather, field_size, field_stride)
+
+
 def combine(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
@@ -270,29 +371,37 @@ def combine(
 
     Raises ``ValueError`` for tensors whose samples are not dense in memory.
     """
+    with torch.cuda.device_of(targets[0]):
+        batch, blocks, arguments, constants = launch(
+            targets, sources, table, pattern=pattern, state=state, rows=rows, draws=draws, one=one, seeds=seeds,
+            elements=elements, fields=fields, last=last, places=places, warps=warps,
+        )  # fmt: skip
+        combine_kernel[(batch * blocks,)](*arguments, **constants)
+
+
+def launch(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    table: Tensor,
+    *,
+    pattern: int,
+    state: torch.dtype,
+    rows: int,
+    draws: int,
+    one: bool,
+    seeds: Tensor | None,
+    elements: tuple[int, ...],
+    fields: Tensor | None,
+    last: bool,
+    places: Sequence[Place] | None = None,
+    warps: int | None = None,
+) -> tuple[int, int, tuple[Any, ...], dict[str, Any]]:
+    """How :func:`combine` launches its kernel: samples, programs per sample, arguments and constants of the kernel."""
     first = targets[0]
     batch, n = first.shape[0], first[0].numel()
-    found = [place(t, last) for t in (*sources, *targets)] if places is None else places
-    stride, strided, swapped, reach = n, 0, 0, batch * n
-    for i, p in enumerate(found):
-        if p is None:
-            shown = (*sources, *targets)[i]
-            raise ValueError(f"combine: a sample must be dense in memory, got strides {shown.stride()}")
-        if p.last != last:
-            swapped |= 1 << i
-        if p.stride != n:
-            if strided and p.stride != stride:
-                raise ValueError("combine: tensors with padding between samples must have the same padding")
-            strided, stride, reach = strided | 1 << i, p.stride, max(reach, batch * p.stride)
-    minor, major = 1, 1
-    gather = last and draws > 0
-    if swapped or gather:
-        channels = first.shape[1]
-        minor, major = (channels, n // channels) if last else (n // channels, channels)
-    field_size, field_stride = 1, 0
-    if fields is not None:
-        field_size, field_stride = fields[0].numel(), n if fields.shape[1] > 1 else 0
-        reach = max(reach, fields.numel())
+    where = layout((*sources, *targets), first, draws=draws, fields=fields, last=last, places=places)
+    stride, strided, swapped, reach = where.stride, where.strided, where.swapped, where.reach
+    minor, major, field_size, field_stride = where.minor, where.major, where.field_size, where.field_stride
     wide = reach > LIMIT
     # The barrier is needed only where Triton may choose different layouts for a load and a store of the same tensor.
     barrier = bool(swapped) or state != torch.float32 or n % LANES != 0 or stride % LANES != 0
@@ -302,34 +411,36 @@ def combine(
         warps = pick_warps(batch, n)
     block = warps * 32 * LANES if not INTERPRETED.value else 1 << min(max(n - 1, 3).bit_length(), 16)
     blocks = -(-n // block)
-    with torch.cuda.device_of(first):
-        combine_kernel[(batch * blocks,)](
-            tuple(sources),
-            tuple(targets),
-            table,
-            table.numel() // rows if rows > 1 else 0,
-            table if fields is None else fields,
-            field_stride,
-            field_size,
-            table if seeds is None else seeds,
-            n,
-            blocks,
-            stride,
-            minor,
-            major,
-            STATE=tl.float32 if state == torch.float32 else tl.float64,
-            PATTERN=pattern,
-            ELEMENTS=elements or (0,) * (len(targets) * (len(sources) + draws + one)),
-            NOISE=draws,
-            ONE=int(one),
-            STRIDED=strided,
-            SWAPPED=swapped,
-            GATHER=gather,
-            WIDE=wide,
-            BARRIER=barrier,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    arguments = (
+        tuple(sources),
+        tuple(targets),
+        table,
+        table.numel() // rows if rows > 1 else 0,
+        table if fields is None else fields,
+        field_stride,
+        field_size,
+        table if seeds is None else seeds,
+        n,
+        blocks,
+        stride,
+        minor,
+        major,
+    )
+    constants = dict(
+        STATE=tl.float32 if state == torch.float32 else tl.float64,
+        PATTERN=pattern,
+        ELEMENTS=elements or (0,) * (len(targets) * (len(sources) + draws + one)),
+        NOISE=draws,
+        ONE=int(one),
+        STRIDED=strided,
+        SWAPPED=swapped,
+        GATHER=where.gather,
+        WIDE=wide,
+        BARRIER=barrier,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return batch, blocks, arguments, constants
 
 
 def pick_warps(batch: int, n: int) -> int:

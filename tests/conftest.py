@@ -37,6 +37,27 @@ VARIANTS: list[tuple[str, dict]] = [
     ("pndm", {"skip_prk_steps": True}),
     *[("lms", {"order": o}) for o in (1, 2, 3, 4)],
     ("edm", {}),
+    ("amed", {}),
+    ("amed", {"r": 0.3}),
+    ("ddim", {"eta": 0.6}),
+    ("edm", {"s_churn": 4.0, "s_tmin": 0.05, "s_tmax": 50.0}),
+    *[("euler_ancestral", {"eta": e}) for e in (1.0, 0.5)],
+    *[("dpm_2_ancestral", {"eta": e}) for e in (1.0, 0.5)],
+    *[("dpmpp_2s_ancestral", {"eta": e}) for e in (1.0, 0.5)],
+    ("ddpm", {}),
+    ("ddpm", {"variance_type": "fixed_large", "s_noise": 0.9}),
+    *[("sde_dpm_solver_pp", {"order": o}) for o in (1, 2, 3)],
+    ("sde_dpm_solver_pp", {"solver_type": "heun", "eta": 0.5, "lower_order_final": False}),
+    ("sde_dpm_solver_pp", {"order": 3, "eta": 0.7, "exact": True}),
+    ("dpmpp_3m_sde", {}),
+    ("dpmpp_sde", {}),
+    ("dpmpp_sde", {"r": 0.7, "eta": 0.5, "s_noise": 1.1, "brownian": False}),
+    ("sa_solver", {}),
+    ("sa_solver", {"predictor_order": 3, "corrector_order": 4, "tau": 0.8}),
+    ("sa_solver", {"predictor_order": 2, "corrector_order": 0, "s_tmin": 0.05, "s_tmax": 10.0}),
+    ("sa_solver", {"corrector_order": 1, "exact": True, "lower_order_final": False}),
+    ("lcm", {}),
+    ("lcm", {"sigma_min": 0.001}),
 ]
 """Every solver with every option that changes its formula."""
 
@@ -66,6 +87,12 @@ def start(grid: Grid, shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype 
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(shape, generator=g, dtype=torch.float64)
     return (float(grid.sigma[0]) * z + float(grid.alpha[0]) * 0.1).to(dtype)
+
+
+def draws(x: torch.Tensor, count: int = 64) -> list[torch.Tensor]:
+    """The draws of a stochastic solver, given: standard normal numbers of the shape of ``x``, in float64."""
+    g = torch.Generator().manual_seed(77)
+    return [torch.randn(x.shape, generator=g, dtype=torch.float64) for _ in range(count)]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

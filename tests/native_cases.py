@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,7 +59,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def lowered_of(*updates: Update, slots: int = 0) -> Lowered:
-    return Lowered(None, updates, (), slots, {})  # type: ignore[arg-type]
+    n = len(updates)
+    return Lowered(SimpleNamespace(made={}), updates, (), slots, {}, ((),) * n, (0,) * n)  # type: ignore[arg-type]
 
 
 def run_both(

@@ -317,14 +317,15 @@ def test_trajectories(backend, solver):
     """States of every level, the sigma of every network call in order, their number, and the samples themselves."""
     d = Counted()
     x = x_()
-    result = fastode.sample(d, x, solver=solver, grid=GRID, backend=backend, return_trajectory=True)
+    call = {"solver": solver, "grid": GRID, "seeds": [1, 2, 3], "backend": backend}
+    result = fastode.sample(d, x, return_trajectory=True, **call)
     assert isinstance(result, fastode.Result)
     assert result.nfe == d.calls == len(d.sigmas) == len(result.sigmas)
     assert result.sigmas.tolist() == pytest.approx(d.sigmas, rel=1e-12)
     assert len(result.states) == len(GRID)
     torch.testing.assert_close(result.states[0], x, rtol=1e-14, atol=0)
     assert torch.equal(result.states[-1], result.samples)
-    plain = fastode.sample(Counted(), x, solver=solver, grid=GRID, backend=backend)
+    plain = fastode.sample(Counted(), x, **call)
     torch.testing.assert_close(result.samples, plain, rtol=1e-12, atol=1e-12)  # kept states change the sums' grouping
 
 

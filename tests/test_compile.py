@@ -10,10 +10,11 @@ import fastode.ops
 from fastode import Denoiser, Engine, Guidance
 from fastode.denoisers import clipped
 from fastode.functional import Sampler
+from fastode.nets.predictor import AMEDPredictor
 from fastode.nets.unet import build
 from fastode.program.trace import Trace
 from fastode.schedules import EDM, karras
-from fastode.solvers import SOLVERS
+from fastode.solvers import SOLVERS, plugin
 from tests.conftest import make_grid, relative, start
 
 SHAPE = (2, 1, 16, 16)
@@ -52,6 +53,34 @@ class TinyUNet(nn.Module):
             h = h + self.label(class_labels)[:, :, None, None]
         deep = nn.functional.interpolate(nn.functional.silu(self.down(h)), scale_factor=2.0)
         return self.output(torch.cat([h, deep], dim=1))
+
+
+class Looking(TinyUNet):
+    """Offers its coarse feature map, 8 x 8."""
+
+    def forward(self, x, c_noise, class_labels=None, features: bool = False):
+        raw = super().forward(x, c_noise, class_labels)
+        return (raw, {"bottleneck": self.down(self.input(x))}) if features else raw
+
+
+@pytest.mark.parametrize("name", ["amed", "ipndm", "dpm_solver_pp"])
+def test_numbers_made_in_the_run_compile(name):
+    """AMED's predictor, late weights and levels inside one compiled graph."""
+    torch.manual_seed(0)
+    solver = SOLVERS["amed"] if name == "amed" else plugin(SOLVERS[name])
+    grid = make_grid("edm", 3)
+    program = solver(grid, afs=True, predictor=AMEDPredictor(scale_time=0.2).requires_grad_(False))
+    denoiser = Denoiser(Looking().requires_grad_(False), num_classes=4, null_label=4)
+    x, labels = start(grid, SHAPE, dtype=torch.float32), torch.tensor([1, 3])
+    sampler, counting = Sampler(program, denoiser, SHAPE), Counting()
+    run = torch.compile(sampler, fullgraph=True, backend=counting)
+    samples = run(x, sampler.numbers(), class_labels=labels)
+    assert counting.graphs == 1 and counting.calls == 6  # one update per evaluation, and the first
+    truth = Engine(program, denoiser, SHAPE, "reference")(x, class_labels=labels)
+    assert relative(samples, truth) < SAME
+    other = solver(grid, afs=True, predictor=AMEDPredictor())
+    with pytest.raises(ValueError, match="belongs to its own sampler"):
+        sampler.numbers(other)
 
 
 def noisy(grid) -> object:
@@ -124,8 +153,11 @@ def test_every_solver_as_a_function(name):
     program = SOLVERS[name](make_grid("edm", 4))
     denoiser = Denoiser(lambda x, c: 0.7 * torch.tanh(x))
     x = start(program.grid, (2, 5), dtype=torch.float32)
-    sampler = Sampler(program, denoiser, (2, 5))
-    assert relative(sampler(x, sampler.numbers()), Engine(program, denoiser, (2, 5), "torch")(x)) < SAME
+    sampler, seeds = Sampler(program, denoiser, (2, 5)), torch.tensor([3, 4])
+    assert (
+        relative(sampler(x, sampler.numbers(), seeds), Engine(program, denoiser, (2, 5), "torch")(x, seeds=seeds))
+        < SAME
+    )
 
 
 def test_another_structure_is_refused():

@@ -67,6 +67,7 @@ def test_the_backend(case, monkeypatch):
             grid=grid,
             class_labels=[0, 1, 2],
             guidance_scale=[1.0, 2.0, 0.5],
+            seeds=[4, 5, 6],
             backend=backend,
             **options,
         )

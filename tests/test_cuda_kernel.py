@@ -73,8 +73,9 @@ def test_every_solver(host: str, case: tuple[str, dict]) -> None:
     program, shape = SOLVERS[case[0]](make_grid("edm", 6), **case[1]), (2, 3, 3, 5)
     for dtype in (torch.float32, torch.float64):
         x = start(program.grid, shape, dtype=dtype)
-        expected = Engine(program, network, shape, "torch", dtype=dtype)(x)
-        torch.testing.assert_close(Engine(program, network, shape, host, dtype=dtype)(x), expected, **over_a_run(x))
+        expected = Engine(program, network, shape, "torch", dtype=dtype)(x, seeds=[7, -3])
+        found = Engine(program, network, shape, host, dtype=dtype)(x, seeds=[7, -3])
+        torch.testing.assert_close(found, expected, **over_a_run(x))
 
 
 @pytest.mark.parametrize("elements", [1, 2, 3, 4, 7, 8, 16, 31, 33, 100, 257])

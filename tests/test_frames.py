@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import fastode
-from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
+from fastode.backends import BACKENDS as ALL
+from tests.conftest import VARIANTS, draws, make_grid, relative, start, variant_id
+
+BACKENDS = ["reference", *(n for n in ("torch", "native") if ALL[n].missing(torch.device("cpu")) is None)]
 
 
 @pytest.mark.parametrize("kind", ["vp", "vp_time", "ddpm", "flow"])
@@ -15,8 +18,8 @@ def test_frames_agree(mixture, case, kind):
     # The same levels with alpha = 1, the time kept: steps and half steps then mean the same thing in both frames.
     ve = fastode.Grid(grid.sigmas, 1.0, grid.t, schedule=grid.schedule, name="ve view")
     x = start(grid, (3, 6))
-    own = fastode.sample(mixture, x, solver=name, grid=grid, **options) / float(grid.alpha[-1])
-    other = fastode.sample(mixture, x / grid.alpha[0], solver=name, grid=ve, **options)
+    own = fastode.sample(mixture, x, solver=name, grid=grid, noise=draws(x), **options) / float(grid.alpha[-1])
+    other = fastode.sample(mixture, x / grid.alpha[0], solver=name, grid=ve, noise=draws(x), **options)
     # Both are float64 with sigma up to 157; a table differs by roundings of its coefficients only. Rounding is amplified
     # by the noise-prediction methods' differences over the small last levels: 2e-12 seen.
     assert relative(own, other) < 1e-11
@@ -61,7 +64,9 @@ def test_flow_network_from_pure_noise(mixture):
     x = torch.randn(4, 6, dtype=torch.float64)
     flow = fastode.Denoiser(velocity, "flow")
     truth = mixture.flow(x * 999, 999.0, 1e-6)  # x / alpha just below t = 1
-    for name in fastode.SOLVERS:
+    for name, solver in fastode.SOLVERS.items():
+        if solver(grid).draws:
+            continue  # their samples are others of the same law
         samples = fastode.sample(flow, x, solver=name, grid=grid)
         assert relative(samples, truth) < 0.3, name
         assert bool(torch.isfinite(samples).all())
@@ -74,26 +79,31 @@ def test_batch_independence(mixture, case):
     grid = make_grid("edm")
     x = start(grid, (5, 6), dtype=torch.float32)
     for backend in ("reference", "torch"):
-        together = fastode.sample(mixture, x, solver=name, grid=grid, backend=backend, **options)
+        together = fastode.sample(mixture, x, solver=name, grid=grid, seeds=range(5), backend=backend, **options)
         for i in (0, 3):
-            alone = fastode.sample(mixture, x[i : i + 1], solver=name, grid=grid, backend=backend, **options)
+            alone = fastode.sample(mixture, x[i : i + 1], solver=name, grid=grid, seeds=[i], backend=backend, **options)
             # bitwise, up to the mixture's own matrix products, which choose their order of summation by batch size
             torch.testing.assert_close(alone[0], together[i], rtol=2e-6, atol=2e-6)
 
 
 def test_batch_independence_is_bitwise_for_elementwise_denoisers(gaussian):
+    """Alone and in a batch of 64, with the noise of stochastic solvers from the samples' seeds."""
     grid = make_grid("edm")
-    x = start(grid, (5, 4), dtype=torch.float32)
-    for name in fastode.SOLVERS:
-        together = fastode.sample(gaussian, x, solver=name, grid=grid)
-        alone = fastode.sample(gaussian, x[2:3], solver=name, grid=grid)
-        assert torch.equal(alone[0], together[2]), name
+    x = start(grid, (64, 4), dtype=torch.float32)
+    for name, options in VARIANTS:
+        for backend in BACKENDS:
+            call = {"solver": name, "grid": grid, "backend": backend, **options}
+            together = fastode.sample(gaussian, x, seeds=range(64), **call)
+            alone = fastode.sample(gaussian, x[37:38], seeds=[37], **call)
+            assert torch.equal(alone[0], together[37]), (name, options, backend)
 
 
 def test_seeds_make_samples_that_do_not_depend_on_their_batch(gaussian):
     """Also for stochastic solvers: sample i of any batch is the sample of its seed."""
     grid = make_grid("edm")
-    program = fastode.SOLVERS["ddim"](grid, eta=1.0)
-    big = fastode.Engine(program, gaussian, shape=(6, 4))(seeds=[5, 1, 2, 9, 4, 7])
-    small = fastode.Engine(program, gaussian, shape=(2, 4))(seeds=[9, 5])
-    assert torch.equal(small, big[[3, 0]])
+    for name, options in VARIANTS:
+        program = fastode.SOLVERS[name](grid, **options)
+        if program.draws:
+            big = fastode.Engine(program, gaussian, shape=(6, 4))(seeds=[5, 1, 2, 9, 4, 7])
+            small = fastode.Engine(program, gaussian, shape=(2, 4))(seeds=[9, 5])
+            assert torch.equal(small, big[[3, 0]]), (name, options)

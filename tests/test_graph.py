@@ -155,6 +155,7 @@ def test_numbers_change_between_replays(name):
     for k in range(3):
         call = {
             "x": torch.randn(SHAPE) * 80,
+            "seeds": [k, 8, 9],
             "class_labels": torch.tensor([k, 1, 2]),
             "guidance_scale": torch.tensor([1.0 + k, 2.0, 0.0]) if k else 3.0,
             "cond": {"shift": torch.full((3, 1, 1, 1), 0.1 * k)},
@@ -418,3 +419,47 @@ def test_a_network_that_waits_is_reported():
     for _ in range(3):
         assert engine(seeds=[1, 2, 3]).isfinite().all()
     assert "network call 0" in engine.report()[0]["reason"]
+
+
+# -- numbers made in the run -----------------------------------------------------------------------------------------
+
+
+def looks(p: Trace):
+    """Inner levels chosen by what the network offers: told to it in the next call, and in the tables of two updates."""
+    x = p.start()
+    for s, t in itertools.pairwise(p.grid):
+        d = p.denoise(x, s)
+        (r,) = p.late(("r",), lambda f: (0.2 + 0.6 * torch.sigmoid(f.mean((1, 2, 3))),), outputs=("bottleneck",))
+        u = p.grid.between(s, t, r)
+        y = p.keep(u.sigma / s.sigma * x + (1 - u.sigma / s.sigma) * d)
+        x = p.land(x + (t.sigma - s.sigma) / u.sigma * (y - p.denoise(y, u)), t)
+    return x
+
+
+class Looking(Net):
+    def forward(self, x, c_noise, class_labels=None, features=False):
+        raw = super().forward(x, c_noise, class_labels)
+        return (raw, {"bottleneck": x.mean((2, 3), keepdim=True)}) if features else raw
+
+
+def check_made_numbers(recorder, backend, device):
+    trace = Trace(karras(EDM(), 3))
+    program = trace.program(looks(trace))
+    d = Denoiser(Looking().to(device), num_classes=4, null_label=3)
+    graphs = Graphs(True, recorder=recorder)
+    recorded, plain = (
+        Engine(program, d, SHAPE, backend, guidance=True, check_finite=False, graph=g) for g in (graphs, False)
+    )
+    for seed, scale in ((0, 1.0), (5, 2.0), (9, torch.tensor([0.0, 1.0, 3.0]))):  # one recording serves all
+        call = {"seeds": range(seed, seed + 3), "class_labels": [0, 1, 2], "guidance_scale": scale}
+        assert relative(recorded(**call), plain(**call)) < 1e-6  # float32, the same sums in the same order
+    assert len(recorded.report()) == 1
+
+
+def test_made_numbers_in_a_recording():
+    check_made_numbers(Replayer(), "torch", "cpu")
+
+
+@gpu
+def test_made_numbers_in_a_graph():
+    check_made_numbers(None, "triton", "cuda")

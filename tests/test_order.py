@@ -17,6 +17,7 @@ ORDERS: list[tuple[str, dict, float]] = [
     ("dpm_solver_2", {}, 2),
     ("dpm_solver_2", {"r": 0.7}, 2),
     ("dpm_solver_3", {}, 3),
+    ("amed", {}, 2),
     ("dpm_solver_pp_s", {"order": 2}, 2),
     ("dpm_solver_pp_s", {"order": 3}, 3),
     ("dpm_solver_pp", {"order": 1, **F}, 1),
@@ -37,6 +38,7 @@ LIMITED: list[tuple[str, dict, float]] = [
     ("dpm_solver_pp", {"order": 3, **F}, 2),  # published coefficient of the second difference is half the exact one
     *[("ipndm", {"order": o}, 2) for o in (2, 3, 4)],  # equal-step weights on unequal steps
     ("pndm", {}, 2),
+    ("amed", {"r": 0.3}, 1),  # one evaluation decides the whole step: second order only from its middle
     ("pndm", {"skip_prk_steps": True}, 2),
 ]
 

@@ -9,18 +9,18 @@ import torch
 
 import fastode
 from fastode.schedules.spacing import diffusion_time
-from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
+from tests.conftest import VARIANTS, draws, make_grid, relative, start, variant_id
 
 
 def oracle(name, options, grid, mixture, x):
-    """The paper's loop on the same levels; returns the final state and the number of evaluations."""
+    """The paper's loop on the same levels and with the same draws; returns the final state and the evaluations."""
     calls = []
 
     def denoise(y, alpha, sigma):
         calls.append(sigma)
         return mixture(torch.from_numpy(np.asarray(y)) / alpha, sigma / alpha).numpy()
 
-    extra = {}
+    extra = given_draws(name, options, grid, x)
     if name == "deis" and options.get("space", "t") == "t":
         clock = diffusion_time(grid.schedule)
         extra["t_of_rho"] = lambda rho: float(clock.time(rho)) if math.isfinite(rho) else math.nan
@@ -37,6 +37,12 @@ def oracle(name, options, grid, mixture, x):
     return torch.from_numpy(final), len(calls)
 
 
+def given_draws(name, options, grid, x):
+    if not fastode.SOLVERS[name](grid, **options).draws:
+        return {}
+    return {"noise": [z.numpy() for z in draws(x)]}
+
+
 @pytest.mark.parametrize("kind", ["edm", "zero", "vp", "vp_time", "ddpm", "flow"])
 @pytest.mark.parametrize("case", VARIANTS, ids=variant_id)
 def test_equals_the_paper(mixture, case, kind):
@@ -49,7 +55,7 @@ def test_equals_the_paper(mixture, case, kind):
     program = fastode.SOLVERS[name](grid, **options)
     assert program.nfe == calls
     for backend in ("reference", "torch"):
-        samples = fastode.sample(mixture, x, solver=name, grid=grid, backend=backend, **options)
+        samples = fastode.sample(mixture, x, solver=name, grid=grid, noise=draws(x), backend=backend, **options)
         # The issue asks for 1e-12; both sides are float64 sums of at most ten terms per step.
         assert relative(samples, truth) < 1e-12
 
@@ -63,7 +69,7 @@ def test_equals_the_paper_at_few_steps(mixture, case, steps):
         grid = make_grid(kind, steps)
         x = start(grid, (2, 6))
         truth, calls = oracle(name, options, grid, mixture, x)
-        run = fastode.sample(mixture, x, solver=name, grid=grid, return_trajectory=True, **options)
+        run = fastode.sample(mixture, x, solver=name, grid=grid, noise=draws(x), return_trajectory=True, **options)
         # PNDM's warm-up forms noise predictions at the end of a step: a rounding is divided by 0.002 and multiplied by 80.
         assert relative(run.samples, truth) < (1e-10 if name == "pndm" else 1e-12)
         assert run.nfe == calls == len(run.sigmas)
@@ -82,19 +88,21 @@ def test_flow_from_pure_noise_equals_the_paper(case):
     def denoise(y, alpha, sigma):
         return x0(torch.from_numpy(np.asarray(y)), sigma).numpy()
 
-    extra = {}
+    x = start(grid, (3, 2))
+    extra = given_draws(name, options, grid, x)
     if name == "deis" and options.get("space") == "t":
         extra["t_of_rho"] = lambda rho: rho / (1 + rho)
     if name == "pndm" and not options.get("skip_prk_steps", False):
         levels = list(grid)
         extra["between_t"] = lambda i: (lambda v: (v.alpha, v.sigma))(grid.at_time(levels[i], levels[i + 1], 0.5))
     loop = importlib.import_module(f"tests.papers.{name}")
-    if name in ("dpm_solver_2", "dpm_solver_3", "dpm_solver_pp_s"):
+    if name.startswith(("amed", "dpm_solver_2", "dpm_solver_3", "dpm_solver_pp_s", "dpm_2", "dpmpp_2s", "dpmpp_sde")):
         extra["between"] = lambda a_s, s_s, a_t, s_t, r: _flow_between(a_s, s_s, a_t, s_t, r)
-    x = start(grid, (3, 2))
+    if options.get("s_churn"):
+        extra["frame"] = lambda rho: (1 / (1 + rho), rho / (1 + rho))
     truth = loop.sample(denoise, x.numpy(), grid.alpha.tolist(), grid.sigma.tolist(), **options, **extra)
     network = fastode.Denoiser(lambda y, t: x0(y, t.reshape(-1, 1)), "x0", fastode.schedules.Flow())
-    samples = fastode.sample(network, x, solver=name, grid=grid, **options)
+    samples = fastode.sample(network, x, solver=name, grid=grid, noise=draws(x), **options)
     assert relative(samples, torch.from_numpy(truth)) < 1e-12
 
 
@@ -126,8 +134,9 @@ def test_denoise_to_zero_adds_one_evaluation(mixture):
     grid = make_grid("edm")
     x = start(grid, (2, 6))
     for name in fastode.SOLVERS:
-        plain = fastode.sample(mixture, x, solver=name, grid=grid, return_trajectory=True)
-        more = fastode.sample(mixture, x, solver=name, grid=grid, denoise_to_zero=True, return_trajectory=True)
+        call = {"solver": name, "grid": grid, "noise": draws(x), "return_trajectory": True}
+        plain = fastode.sample(mixture, x, **call)
+        more = fastode.sample(mixture, x, denoise_to_zero=True, **call)
         assert more.nfe == plain.nfe + 1
         assert relative(more.samples, mixture(plain.samples, 0.002)) < 1e-13
 
@@ -144,8 +153,8 @@ def test_analytical_first_step_saves_one_evaluation(mixture):
             s = torch.as_tensor(sigma, dtype=torch.float64)
             return y * (1 - s / torch.sqrt(1 + s * s)) if len(calls) == 1 else mixture(y, sigma)
 
-        plain = fastode.sample(answered, x, solver=name, grid=grid)
-        run = fastode.sample(mixture, x, solver=name, grid=grid, afs=True, return_trajectory=True)
+        plain = fastode.sample(answered, x, solver=name, grid=grid, noise=draws(x))
+        run = fastode.sample(mixture, x, solver=name, grid=grid, noise=draws(x), afs=True, return_trajectory=True)
         assert run.nfe == len(calls) - 1
         # 1 - sigma/sqrt(1 + sigma^2) loses four digits at sigma = 80 in the comparison's own formula
         assert relative(run.samples, plain) < 1e-10

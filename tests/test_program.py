@@ -11,7 +11,7 @@ import fastode
 from fastode.program import Atom, Form, Late, Program, Stage, Table, Trace
 from fastode.program.lower import lower
 from fastode.scalar import evaluate, exp, log
-from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
+from tests.conftest import VARIANTS, draws, make_grid, relative, start, variant_id
 
 numbers = st.floats(-1e3, 1e3, allow_nan=False)
 atoms = st.builds(Atom, st.just("value"), st.integers(0, 3))
@@ -123,9 +123,10 @@ def test_unroll_is_the_sample(mixture, case):
         seen.append(mixture(y, sigma))
         return seen[-1]
 
-    samples = fastode.Engine(program, record, (2, 6), "reference", dtype=torch.float64)(x)
+    samples = fastode.Engine(program, record, (2, 6), "reference", dtype=torch.float64)(x, noise=draws(x))
     u = program.unroll()
     total = u.start * x + sum(w * d for w, d in zip(u.outputs, seen, strict=True))
+    total = total + sum(w * z for w, z in zip(u.noise, draws(x), strict=False))
     # Unrolled weights of PNDM's warm-up cancel: they reach 1e6 where the step-by-step sums do not.
     assert relative(total, samples) < (1e-8 if name == "pndm" else 1e-11)
     assert u.weights().shape == (program.nfe,)
@@ -143,7 +144,10 @@ def test_save_and_load(tmp_path, mixture, case):
     again = Program.load(path)
     assert again.describe() == program.describe()
     x = start(program.grid, (2, 6))
-    one, two = (fastode.Engine(p, mixture, (2, 6), "reference", dtype=torch.float64)(x) for p in (program, again))
+    one, two = (
+        fastode.Engine(p, mixture, (2, 6), "reference", dtype=torch.float64)(x, noise=draws(x))
+        for p in (program, again)
+    )
     assert torch.equal(one, two)  # JSON keeps float64 exactly
     assert [p.name for p in tmp_path.iterdir()] == ["program.safetensors"]
 
@@ -186,6 +190,16 @@ SLOTS = {  # state-sized buffers besides the network's input and output, for a n
     "edm": 1,
     "unipc": 4,
     "pndm": 5,
+    "amed": 1,
+    "euler_ancestral": 0,
+    "dpm_2_ancestral": 1,
+    "dpmpp_2s_ancestral": 1,
+    "ddpm": 0,
+    "sde_dpm_solver_pp": 1,
+    "dpmpp_3m_sde": 2,
+    "dpmpp_sde": 1,
+    "sa_solver": 3,
+    "lcm": 0,
 }
 
 
@@ -226,7 +240,7 @@ def test_folding_changes_nothing(case, prediction):
     x = start(grid, (3, 6))
     program = fastode.SOLVERS[name](grid, **options)
     runs = [
-        fastode.Engine(program, denoiser, (3, 6), b, dtype=torch.float64)(x, return_trajectory=True)
+        fastode.Engine(program, denoiser, (3, 6), b, dtype=torch.float64)(x, noise=draws(x), return_trajectory=True)
         for b in ("reference", "torch")
     ]
     # eps networks divide by alpha = 0.0066 at the first level, and the state is read back from the network input; roundings

@@ -29,11 +29,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import fastode.kernels.combine as kernels  # noqa: E402
+import fastode.kernels.mean_direction as mean_direction  # noqa: E402
 from fastode import SOLVERS, Denoiser, Guidance  # noqa: E402
 from fastode.backends.base import Buffers  # noqa: E402
 from fastode.backends.triton import TritonExecutor  # noqa: E402
 from fastode.denoisers.guidance import GUIDANCE_SCALE  # noqa: E402
 from fastode.kernels.combine import LANES, combine_kernel  # noqa: E402
+from fastode.nets.predictor import AMEDPredictor  # noqa: E402
 from fastode.program.lower import lower  # noqa: E402
 from tests.conftest import make_grid  # noqa: E402
 
@@ -202,14 +204,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
     made: list[tuple[int, Any]] = []
 
     class Compiling:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def compile_only(*args: Any, **kwargs: Any) -> None:
-                made.append((grid[0], combine_kernel.warmup(*args, grid=grid, **kwargs)))
+                made.append((grid[0], self.kernel.warmup(*args, grid=grid, **kwargs)))
 
             return compile_only
 
+    build = mean_direction.build
     monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
-    monkeypatch.setattr(kernels, "combine_kernel", Compiling())
+    monkeypatch.setattr(kernels, "combine_kernel", Compiling(combine_kernel))
+    monkeypatch.setattr(mean_direction, "build", lambda structure: tuple(Compiling(k) for k in build(structure)))
     return made
 
 
@@ -237,6 +244,29 @@ def test_one_launch_per_update_and_all_are_wide(name: str, launches: list[tuple[
         assert accesses["ld.global.v2.b32"] == sum(s.kind in ("input", "output") for s in update.sources)
         assert accesses["st.global.v4.b32"] == sum(t.kind != "input" for t in update.targets)
         assert accesses["st.global.v2.b32"] == sum(t.kind == "input" for t in update.targets)
+
+
+@pytest.mark.parametrize(("fold", "count"), [(8, 6), (0, 8)])
+def test_amed_takes_six_launches(fold: int, count: int, launches: list[tuple[int, Any]], monkeypatch: Any) -> None:
+    """5 evaluations with the predictor folded into the updates; 8 launches where a sample is too large for that."""
+    monkeypatch.setattr(mean_direction, "FOLD", fold)
+    denoiser = Denoiser(lambda x, c, features=False: x)
+    program = SOLVERS["amed"](make_grid("edm", 3), afs=True, predictor=AMEDPredictor(scale_time=0.2))
+    lowered = lower(program, denoiser.scaling, lambda at: (1.0,), exact_input=False)
+    shape = (4, 3, 32, 32)
+    slots, net_in = torch.zeros((lowered.slots, *shape)), torch.zeros(shape, dtype=torch.bfloat16)
+    executor = TritonExecutor(lowered, Buffers(slots, net_in), SimpleNamespace(seeds=None))
+    assert executor.prepare([torch.zeros(4) for _ in lowered.calls])
+    executor.load({})
+    for i in range(len(lowered.updates)):
+        if lowered.binds[i]:
+            executor.make(i, {"bottleneck": torch.zeros((4, 256, 8, 8), dtype=torch.bfloat16)})
+        executor.update(i, torch.zeros(shape), (torch.zeros_like(net_in),), torch.zeros(shape))
+    assert program.nfe == 5 and len(launches) == count
+    for _, kernel in launches:
+        said = _ptxas(kernel.asm["ptx"], "sm_90a")
+        assert "0 bytes spill stores, 0 bytes spill loads" in said
+        assert int(re.search(r"Used (\d+) registers", said)[1]) <= 255
 
 
 def test_beyond_two_to_the_31(launches: list[tuple[int, Any]]) -> None:

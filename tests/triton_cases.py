@@ -30,6 +30,7 @@ else:
     pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
 
 import fastode.kernels.combine as kernels
+from fastode.backends.triton import Maker as TritonMaker
 
 SHAPE = (3, 2, 5, 4)
 # Backends round every product and sum in another grouping. The state shrinks from 80 to about 3, and errors made at the
@@ -109,6 +110,8 @@ def both(
     """The samples of the Triton backend and of ``other``."""
     x = call.pop("x", None)
     x = start(program.grid, shape, dtype=dtype).to(DEVICE) if x is None else x
+    if "noise" not in call:
+        call.setdefault("seeds", range(shape[0]))  # what a stochastic solver draws is the same on both
     return [
         Engine(program, denoiser, shape, backend, device=DEVICE, dtype=dtype, guidance=guidance)(x, **call)
         for backend in ("triton", other)
@@ -333,3 +336,157 @@ def test_places():
     assert kernels.place(torch.empty(3, 7), True) == (True, 7)
     with pytest.raises(ValueError, match="dense"):
         kernels.combine([x], [x[..., :1].expand_as(x)], torch.ones(1), pattern=1)
+
+
+# -- numbers made in the run -----------------------------------------------------------------------------------------
+
+
+def looking(net=network):
+    """``net`` with a feature map to look at, [B, 3, 2, 2]."""
+
+    def offers(x, c_noise, class_labels=None, features=False):
+        raw = net(x, c_noise, class_labels)
+        flat = x.flatten(1).float()
+        seen = torch.stack([flat.mean(1), flat.square().mean(1), flat[:, 0]], 1)[:, :, None, None].expand(-1, 3, 2, 2)
+        return (raw, {"bottleneck": seen}) if features else raw
+
+    return Denoiser(offers, num_classes=4, null_label=3)
+
+
+def traced(formula, steps: int = 3) -> Program:
+    trace = Trace(karras(EDM(), steps))
+    trace.consistent = False
+    return trace.program(formula(trace))
+
+
+def looks(p: Trace):
+    x = p.start()
+    for s, t in itertools.pairwise(p.grid):
+        d = p.denoise(x, s)
+        (r,) = p.late(("r",), lambda f: (0.2 + 0.6 * torch.sigmoid(f.mean((1, 2, 3))),), outputs=("bottleneck",))
+        u = p.grid.between(s, t, r)
+        y = p.keep(u.sigma / s.sigma * x + (1 - u.sigma / s.sigma) * d)
+        x = p.land(x + (t.sigma - s.sigma) / u.sigma * (y - p.denoise(y, u)), t)
+    return x
+
+
+def measures(p: Trace):
+    x = p.start()
+    for s, t in itertools.pairwise(p.grid):
+        d, z = p.denoise(x, s), p.noise()
+        step = p.norm(z) / p.norm((x - d) / s.sigma)
+        x = p.land(t.sigma / s.sigma * x + (1 - t.sigma / s.sigma) * d + 0.1 * step * t.sigma * z + 0.01 * p.one(), t)
+    return x
+
+
+@pytest.mark.parametrize("formula", [looks, measures])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, SAME32), (torch.float64, SAME64)])
+def test_numbers_made_in_the_run(formula, dtype, tolerance):
+    program, denoiser = traced(formula), looking()
+    x = start(program.grid, SHAPE, dtype=dtype).to(DEVICE)
+    call = {"seeds": [3, 1, 4], "class_labels": [0, 1, 2], "guidance_scale": torch.tensor([0.0, 1.0, 2.5])}
+    # float64: the networks' features are made in float32 on both sides, from states that agree to 1e-13
+    runs = [Engine(program, denoiser, SHAPE, b, dtype=dtype, guidance=True)(x, **call) for b in ("reference", "triton")]
+    assert relative(runs[1], runs[0]) < (tolerance if dtype == torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_norms_do_not_depend_on_the_batch(last):
+    """To the last bit: the blocks that are summed are cut by the size of a sample alone."""
+    memory = torch.channels_last if last else torch.contiguous_format
+    program, denoiser = traced(measures), Denoiser(Net(memory_format=memory))
+    x = start(program.grid, SHAPE, dtype=torch.float32).to(DEVICE)
+    whole = Engine(program, denoiser, SHAPE, "triton")(x, seeds=[7, 8, 9])
+    for i in range(3):
+        alone = Engine(program, denoiser, (1, *SHAPE[1:]), "triton")(x[i : i + 1], seeds=[7 + i])
+        assert torch.equal(alone[0], whole[i])
+
+
+class Bottleneck(nn.Module):
+    """A network with a feature map of 8 x 8, in the dtype and memory format of its own."""
+
+    def __init__(self, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.7, dtype=dtype, device=DEVICE))
+        self.memory_format = memory_format
+
+    def forward(self, x, c_noise, class_labels=None, features=False):
+        raw = network(x, c_noise, class_labels) * self.weight
+        seen = torch.cat([x * k for k in (1, 0.5, 0.2)], 1).to(memory_format=self.memory_format)
+        return (raw, {"bottleneck": seen}) if features else raw
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(
+    ("name", "dtype", "memory_format"),
+    [
+        ("amed", torch.float32, torch.contiguous_format),
+        ("amed", torch.bfloat16, torch.channels_last),
+        ("ipndm", torch.float32, torch.channels_last),
+        ("dpm_solver_pp", torch.float32, torch.contiguous_format),
+        ("unipc", torch.float32, torch.contiguous_format),
+    ],
+)
+def test_amed_in_kernels(monkeypatch, name, dtype, memory_format, fold):
+    """The predictor, the weights and the levels made by kernels, folded into the update or not, equal the definition; the
+    launches are counted: one per update, and one more per predictor where it is not folded."""
+    import fastode.kernels.mean_direction as mean_direction
+    from fastode.nets.predictor import AMEDPredictor
+    from fastode.solvers import plugin
+
+    monkeypatch.setattr(mean_direction, "FOLD", 10**9 if fold else 0)
+    torch.manual_seed(0)
+    predictor = AMEDPredictor(scale_time=0.2).requires_grad_(False).to(DEVICE)
+    solver = SOLVERS["amed"] if name == "amed" else plugin(SOLVERS[name])
+    program = solver(karras(EDM(), 3), predictor=predictor, afs=True)
+    shape = (3, 2, 8, 8)
+    x = start(program.grid, shape, dtype=torch.float32).to(DEVICE)
+    denoiser = Denoiser(Bottleneck(dtype, memory_format), num_classes=4, null_label=3)
+    call = {"class_labels": [0, 1, 2], "guidance_scale": torch.tensor([0.0, 1.0, 2.5])}
+    engines = [Engine(program, denoiser, shape, b, guidance=True) for b in ("reference", "triton")]
+    launches: list[str] = []
+    for kernel in ("run", "fold"):
+        monkeypatch.setattr(TritonMaker, kernel, counted(getattr(TritonMaker, kernel), kernel, launches))
+    expected, found = (engine(x, **call) for engine in engines)
+    assert relative(found, expected) < (5e-5 if dtype == torch.float32 else 2e-2)  # a bfloat16 network rounds to 1/256
+    assert launches.count("fold True") == (2 if fold else 0) and launches.count("run None") == (0 if fold else 2)
+    assert torch.equal(engines[1](x, **call), found)
+
+
+def counted(method, name, into):
+    def call(self, *args):
+        result = method(self, *args)
+        into.append(f"{name} {result}")
+        return result
+
+    return call
+
+
+def test_generated_code_is_the_expression():
+    """Every operation that straight-line code has, in float64."""
+    import fastode.kernels.mean_direction as mean_direction
+    from fastode.program.code import OPS
+
+    g = torch.Generator().manual_seed(0)
+    batch = 5
+    one, two = (0.1 + 3 * torch.rand(batch, generator=g, dtype=torch.float64) for _ in range(2))
+    instructions = tuple((op, 0, 1) for op in OPS)
+    s = mean_direction.Structure((2,), (0, 1), 0, instructions, tuple(range(2, 2 + len(OPS))), 0)
+    numbers, _ = mean_direction.build(s)
+    leaves = torch.stack([one, two, torch.zeros_like(one)]).to(DEVICE)
+    levels = [torch.zeros(batch, dtype=torch.float64, device=DEVICE) for _ in OPS]
+    mlp = [torch.randn(n, generator=g) for n in ((4, 3), (4,), (2, 4), (2,), (1, 2), (1,), (1,), (1,))]
+    feature = torch.randn(batch, 7, 3, generator=g).to(DEVICE)
+    places = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    packed = mean_direction.pack(mlp, DEVICE)
+    arguments = mean_direction.arguments(feature, packed, leaves, leaves[2], places, leaves[2].float(), levels)
+    numbers[(batch,)](*arguments, **mean_direction.sizes_of(3, 4, 2, 1))
+    from fastode.program import Late
+    from fastode.program.code import Code
+
+    truth = Code((Late("a"), Late("b")), (), instructions, s.outputs).run([one, two])
+    for op, level, value in zip(OPS, levels, truth, strict=True):
+        assert relative(level.cpu(), value) < 1e-13, op
+    from fastode.program import PooledMLP
+
+    assert relative(leaves[2].cpu(), PooledMLP(*mlp)(feature.cpu()[..., None])[0].double()) < 1e-6  # float32

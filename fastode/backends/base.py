@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastode.program.lower import Lowered
-from fastode.scalar import Late
+from fastode.program.lower import Lowered, Update
+from fastode.scalar import Late, evaluate
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,15 @@ class Executor(Protocol):
     """Whether ``update`` looks at the network outputs while it reads them; if not, its answer means nothing."""
 
     def load(self, known: Mapping[Late, Any]) -> None:
-        """Begin a call: evaluate the tables for its late numbers, unless they have not changed."""
+        """Begin a call: evaluate the tables for its late numbers, unless they have not changed; not those that wait for
+        numbers made in the run (``lowered.due``)."""
+
+    def norms(self, rows: Update, known: Mapping[Late, Any], start: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The Euclidean norm over each sample of every row, [B]; measured just before the update with these sources."""
+
+    def bind(self, index: int, known: Mapping[Late, Any]) -> None:
+        """Late numbers were made just before update ``index``: evaluate the tables that waited for them. Without a wait
+        for the device, and fit to be recorded in a graph, where the numbers are tensors on the device."""
 
     def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
         """Run ``lowered.updates[index]`` in place. ``start`` is the caller's state, ``result`` receives the sample.
@@ -60,3 +68,29 @@ class Backend(Protocol):
 
     def bind(self, lowered: Lowered, buffers: Buffers, noise: Draws) -> Executor:
         """An executor over ``buffers``; ``noise`` gives the draws of the current call."""
+
+
+def make_numbers(
+    lowered: Lowered,
+    executor: Executor,
+    index: int,
+    numbers: dict[Late, Any],
+    start: Tensor,
+    outputs: Sequence[Tensor],
+    features: Mapping[str, Tensor],
+    tell: Callable[[int, Any], None],
+) -> None:
+    """Make the late numbers that update ``index`` and later ones wait for, and hand them to the executor.
+
+    ``tell(call, value)`` receives what later network calls are told.
+    """
+    group = lowered.binds[index]
+    for measured in group:
+        norms = [] if measured.norms is None else executor.norms(measured.norms, numbers, start, outputs)
+        numbers |= measured.bind.make([features[name] for name in measured.bind.outputs], norms, start)
+    if group:
+        executor.bind(index, numbers)
+        memo: dict[int, Any] = {}
+        for k, call in enumerate(lowered.calls):
+            if call.due == index:
+                tell(k, evaluate(call.c_noise, numbers, memo))

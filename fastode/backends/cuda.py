@@ -86,10 +86,12 @@ class CudaExecutor(TorchExecutor):
             self.seeds = torch.zeros(net_in.shape[0], device=slots.device, dtype=torch.int64)
         self._numbers: Mapping[Late, Any] | None = None
         self._made_here = False
-        self._draws = any(s.kind == "noise" for u in lowered.updates for s in u.sources)
+        self._draws = any(s.kind == "noise" for u in (*lowered.updates, *lowered.measured) for s in u.sources)
         fits = slots.is_contiguous() and net_in.ndim <= MAX_DIMS
         packed = zip(lowered.updates, self._packing.updates, strict=True)
         self._arguments = [self._prepare(u, p) if fits and _fits(u) else None for u, p in packed]
+        rows = zip(lowered.measured, self._packing.measured, strict=True)
+        self._measured = {u: self._prepare(u, p) if fits and _fits(u) else None for u, p in rows}
 
     def _prepare(self, update: Update, packed: Packed) -> Arguments:
         a, columns = Arguments(), packed.columns
@@ -132,14 +134,40 @@ class CudaExecutor(TorchExecutor):
             else:
                 self.seeds.copy_(seeds)
 
+    def bind(self, index: int, known: Mapping[Late, Any]) -> None:
+        self._packing.bind(index, known, self.table, self.fields)
+
     def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
         a, update = self._arguments[index], self.lowered.updates[index]
         if a is None or any(self._foreign(raw) for raw in outputs):
             if self._tables is None:
                 super().load(self._numbers or {})
             return super().update(index, start, outputs, result)
+        kept = self._connect(a, update, start, outputs)
+        for r, target in enumerate(update.targets):
+            if target.kind == "result":
+                describe(result, a.outputs[r])
+        self._launch(a, vector(a))
+        del kept  # draws must live until the launch is enqueued
+        return True
+
+    def norms(self, rows: Update, known: Mapping[Late, Any], start: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """One launch writes the rows, another takes their norms."""
+        a = self._measured[rows]
+        if a is None or any(self._foreign(raw) for raw in outputs):
+            return super().norms(rows, known, start, outputs)
+        written = [torch.empty(start.shape, device=self.table.device, dtype=self.table.dtype) for _ in rows.targets]
+        kept = self._connect(a, rows, start, outputs)
+        for r, tensor in enumerate(written):
+            describe(tensor, a.outputs[r])
+        self._launch(a, vector(a))
+        del kept
+        return [tensor.flatten(1).norm(dim=1) for tensor in written]
+
+    def _connect(self, a: Arguments, update: Update, start: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Fill in the tensors of this call; returns those that nobody else keeps."""
         a.noise = 0
-        kept = []  # draws must live until the launch is enqueued
+        kept: list[Tensor] = []
         for k, source in enumerate(update.sources):
             if source.kind == "output":
                 describe(outputs[source.index], a.inputs[k])
@@ -150,11 +178,7 @@ class CudaExecutor(TorchExecutor):
             elif source.kind == "noise":
                 kept.append(self.noise(source.index))
                 describe(kept[-1], a.inputs[k])
-        for r, target in enumerate(update.targets):
-            if target.kind == "result":
-                describe(result, a.outputs[r])
-        self._launch(a, vector(a))
-        return True
+        return kept
 
     def _foreign(self, x: Tensor) -> bool:
         """A tensor that the kernel cannot read in place; see the native backend's."""

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from fastode.backends.base import Buffers, Draws, Executor
 from fastode.backends.cuda import DTYPES, Arguments, CudaExecutor, normal
+from fastode.backends.late import Plans
 from fastode.backends.torch import TorchExecutor
+from fastode.program.code import OPS
 from fastode.program.lower import Lowered, Update
 from fastode.scalar import Late
 
@@ -38,23 +40,79 @@ class NativeExecutor(TorchExecutor):
         self._net_dtype = net_in.dtype
         self._memory = net_in.untyped_storage().data_ptr()
         fits = slots.is_contiguous() and net_in.ndim <= module.MAX_DIMS
+        self._made: Plans | None = None
         self._plans = [_plan(u, module) if fits else None for u in lowered.updates]
         for update, plan in zip(lowered.updates, self._plans, strict=True):
             known = () if plan is None else update.sources
             written = () if plan is None else update.targets
             self._native.add([(s.kind, s.index) for s in known], [(t.kind, t.index) for t in written])
 
+    def prepare(self, levels: Sequence[Tensor | None]) -> bool:
+        """Whether the module will make all numbers of the run (see :mod:`fastode.backends.late`), told to ``levels`` too."""
+        plans = Plans.of(self.lowered)
+        waiting = [u for u, due in enumerate(self.lowered.due) if due]
+        if plans is None or any(self._plans[u] is None for u in waiting):
+            return False
+        shape = self.buffers.net_in.shape
+        one_each = torch.ones((shape[0], *[1] * (len(shape) - 1)), dtype=torch.float64)
+        for u in waiting:  # room for weights per sample; those known already are filled in with them
+            entries = self.lowered.updates[u].entries
+            rows = [[one_each if isinstance(c, Late) else float(c) for c in row] for row in entries]
+            self._native.load(u, *_pack(rows, shape))
+        self._native.set_leaves(len(plans.leaves))
+        for index, plan in plans.by_update.items():
+            mlp, code = plan.mlp, plan.code
+            told = [levels[k] for k in plan.calls]
+            self._native.numbers(
+                index,
+                [getattr(mlp, name).detach().float().flatten().tolist() for name in mlp.__dataclass_fields__],
+                plan.made,
+                plan.inputs,
+                code.constants,
+                [(OPS.index(op), a, b) for op, a, b in code.instructions],
+                code.outputs,
+                plan.entries,
+                [(level.data_ptr(), DTYPES[level.dtype]) for level in told if level is not None],
+            )
+        self._made = plans
+        return True
+
+    def make(self, index: int, features: Mapping[str, Tensor]) -> None:
+        """Make the numbers before update ``index``: one call, which writes the weights of all updates that wait."""
+        assert self._made is not None
+        plan = self._made.by_update[index]
+        feature = features[plan.feature]
+        if feature.ndim < 3 or feature.dtype not in DTYPES or not feature.is_cpu:
+            raise ValueError(f"{plan.feature}: must be a map [B, C, h, w] on the CPU, got {list(feature.shape)}")
+        flat = feature.flatten(2)  # a view where the positions lie evenly, as in both memory formats
+        if flat.shape[2] != plan.mlp.w1.shape[1]:
+            plan.mlp(feature)  # says what is wrong
+        stride = flat.stride()
+        self._native.make(index, flat.data_ptr(), DTYPES[flat.dtype], flat.shape[1], flat.shape[2], *stride)
+
     def load(self, known: Mapping[Late, Any]) -> None:
         before = self._tables
         super().load(known)
         if self._tables is not before:
-            assert self._tables is not None
-            for index, rows in enumerate(self._tables):
-                if self._plans[index] is not None:
-                    self._native.load(index, *_pack(rows, self.buffers.net_in.shape))
+            self._hand_over(0)
+        if self._made is not None:
+            for k, late in enumerate(self._made.leaves):
+                if late in known:
+                    self._native.set_leaf(k, torch.as_tensor(known[late], dtype=torch.float64).flatten().tolist())
         # The tensor of seeds is kept, since the module holds its address until the next call.
         self._seeds = self.noise.seeds
         self._native.begin(0 if self._seeds is None else self._seeds.data_ptr(), torch.get_num_threads())
+
+    def bind(self, index: int, known: Mapping[Late, Any]) -> None:
+        super().bind(index, known)
+        self._hand_over(index)
+
+    def _hand_over(self, due: int) -> None:
+        """Give the module the weights that became known before update ``due``."""
+        assert self._tables is not None
+        for i, rows in enumerate(self._tables):
+            if self._plans[i] is not None and self.lowered.due[i] == due:
+                self._native.load(i, *_pack(rows, self.buffers.net_in.shape))
 
     def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
         plan = self._plans[index]
@@ -78,6 +136,8 @@ class NativeExecutor(TorchExecutor):
         reads, _, draws = plan
         used, unused = outputs[:reads], outputs[reads:]
         finite = all(bool(torch.isfinite(raw).all()) for raw in unused)
+        if self._made is not None and self.lowered.due[index]:  # its weights are known to the module alone
+            used = [torch.empty_like(raw, memory_format=torch.contiguous_format).copy_(raw) for raw in used]
         if any(self._foreign(raw) for raw in (*used, start)):
             super().update(index, start, outputs, result)
             return finite and all(bool(torch.isfinite(raw).all()) for raw in used)

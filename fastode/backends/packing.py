@@ -45,8 +45,10 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Spot:
-    """A number that is known only with a call: its update, its entry there, and its array if it is one per element."""
+    """A number that is known only with a call, or made in the run before update ``due``: its update, its entry there, and
+    its array if it is one per element."""
 
+    due: int
     packed: Packed
     entry: int
     field: int
@@ -57,6 +59,7 @@ class Packing:
     """Where every weight of ``lowered`` goes, for a batch of [B, *sample]."""
 
     def __init__(self, lowered: Lowered, shape: tuple[int, ...]) -> None:
+        """``updates`` and ``measured`` say where the weights of ``lowered.updates`` and ``lowered.measured`` lie."""
         self.shape = shape
         self.late = lowered.late
         self.updates: list[Packed] = []
@@ -66,9 +69,15 @@ class Packing:
         self._fields = 0
         known: list[tuple[Packed, list[float]]] = []
         offset = 0
-        for update in lowered.updates:
-            packed, numbers = self._place(update, offset)
+        for update, due in zip(lowered.updates, lowered.due, strict=True):
+            packed, numbers = self._place(update, offset, due)
             self.updates.append(packed)
+            known.append((packed, numbers))
+            offset = -(-packed.end // ALIGN) * ALIGN
+        self.measured: list[Packed] = []
+        for rows in lowered.measured:
+            packed, numbers = self._place(rows, offset, lowered.due_of(rows))
+            self.measured.append(packed)
             known.append((packed, numbers))
             offset = -(-packed.end // ALIGN) * ALIGN
         self.size = max(offset, ALIGN)
@@ -77,7 +86,7 @@ class Packing:
             row = torch.tensor(numbers, dtype=torch.float64)
             self._template[packed.offset : packed.end].view(packed.rows, packed.width).copy_(row)
 
-    def _place(self, update: Update, offset: int) -> tuple[Packed, list[float]]:
+    def _place(self, update: Update, offset: int, due: int) -> tuple[Packed, list[float]]:
         draws = [s.index for s in update.sources if s.kind == "noise"]
         one = any(s.kind == "one" for s in update.sources)
         columns = len(update.sources)
@@ -98,7 +107,7 @@ class Packing:
                 elements[i] = self._fields
                 self._fixed.append((elements[i] - 1, c))
             else:
-                number = float(c)
+                number = float(c.detach() if isinstance(c, Tensor) else c)
             numbers.append(number)
             pattern |= int(isinstance(c, Late) or elements[i] > 0 or number != 0) << i
         rows = self.shape[0] if per_sample else 1
@@ -106,7 +115,7 @@ class Packing:
             offset, rows, len(entries) + len(draws), columns, columns - len(draws) - one, len(draws), one, pattern,
             tuple(elements) if any(elements) else (),
         )  # fmt: skip
-        self._late += [_Spot(packed, i, field - 1, c) for i, field, c in late]
+        self._late += [_Spot(due, packed, i, field - 1, c) for i, field, c in late]
         return packed, numbers + [float(k + 1) for k in draws]
 
     def _per_element(self, c: Late) -> bool:
@@ -124,14 +133,15 @@ class Packing:
         return (self._fields, self.shape[0] if self.batched_fields else 1, *self.shape[1:]) if self._fields else None
 
     def fill(self, known: Mapping[Late, Any], table: Tensor, fields: Tensor | None) -> None:
-        """Write all weights for ``known`` into ``table`` [size] and ``fields``, without waiting for the device.
+        """Write all weights for ``known`` into ``table`` [size] and ``fields``, without waiting for the device; but for
+        those that wait for numbers made in the run, see :meth:`bind`.
 
         Late numbers that live on the device are written there. Raises ``ValueError`` for a late number without a value.
         """
         memo: dict[int, Any] = {}
         host = self._template.clone() if self._late else self._template
         device: list[tuple[Tensor, Tensor]] = []
-        for spot in self._late:
+        for spot in (spot for spot in self._late if not spot.due):
             value = evaluate(spot.value, known, memo)
             if spot.field >= 0:
                 assert fields is not None
@@ -153,6 +163,19 @@ class Packing:
             fields[index].copy_(c.detach().to(fields.dtype))
         for where, value in device:
             where.copy_(value.detach().to(where.dtype))
+
+    def bind(self, index: int, known: Mapping[Late, Any], table: Tensor, fields: Tensor | None) -> None:
+        """Write the weights that waited for numbers made just before update ``index``. Nothing passes through the host, so
+        this can be recorded in a graph when ``known`` holds tensors on the device of ``table``."""
+        memo: dict[int, Any] = {}
+        for spot in (spot for spot in self._late if spot.due == index):
+            value = torch.as_tensor(evaluate(spot.value, known, memo))
+            if spot.field >= 0:
+                assert fields is not None
+                fields[spot.field].copy_(value.detach())
+            else:
+                column = table[spot.packed.offset + spot.entry : spot.packed.end : spot.packed.width]
+                column.copy_(value.detach().reshape(-1))
 
 
 def _upload(host: Tensor, device: Tensor) -> None:

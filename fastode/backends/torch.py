@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastode.backends.base import Buffers, Draws
-from fastode.program.lower import Lowered, Source
+from fastode.program.lower import Lowered, Source, Update
 from fastode.scalar import Late, evaluate
 
 
@@ -28,25 +28,42 @@ class TorchExecutor:
         if self._tables is not None and (not self._late or _same(known, self._known)):
             return
         memo: dict[int, Any] = {}
+        due = self.lowered.due
+        self._tables = [self._table(u, known, memo) if not due[i] else [] for i, u in enumerate(self.lowered.updates)]
+        self._known = dict(known)
+
+    def bind(self, index: int, known: Mapping[Late, Any]) -> None:
+        assert self._tables is not None
+        memo: dict[int, Any] = {}
+        for i, due in enumerate(self.lowered.due):
+            if due == index:
+                self._tables[i] = self._table(self.lowered.updates[i], known, memo)
+
+    def norms(self, rows: Update, known: Mapping[Late, Any], start: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        table = self._table(rows, known, {})
+        return [row.flatten(1).norm(dim=1) for row in self._rows(rows, table, start, outputs)]
+
+    def _table(self, update: Update, known: Mapping[Late, Any], memo: dict[int, Any]) -> list[list[Any]]:
         slots = self.buffers.slots
 
         def number(c: Any) -> Any:
             value = evaluate(c, known, memo)
             if not isinstance(value, Tensor):
                 return float(value)
-            if value.ndim == 0 and not value.requires_grad:
+            if value.ndim == 0 and not value.requires_grad and value.device.type == "cpu":
                 return float(value)
             return value.to(device=slots.device, dtype=slots.dtype)
 
-        self._tables = [[[number(c) for c in row] for row in u.entries] for u in self.lowered.updates]
-        self._known = dict(known)
+        return [[number(c) for c in row] for row in update.entries]
+
+    def _rows(self, update: Update, table: list[list[Any]], start: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        columns = [self._source(s, start, outputs, self.buffers.slots.dtype) for s in update.sources]
+        return [_weighted_sum(columns, row, start) for row in table]
 
     def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
         update = self.lowered.updates[index]
         assert self._tables is not None
-        dtype = self.buffers.slots.dtype
-        columns = [self._source(s, start, outputs, dtype) for s in update.sources]
-        rows = [_weighted_sum(columns, row, start) for row in self._tables[index]]
+        rows = self._rows(update, self._tables[index], start, outputs)
         for target, row in zip(update.targets, rows, strict=True):
             if target.kind == "slot":
                 self.buffers.slots[target.index].copy_(row)

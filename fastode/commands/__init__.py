@@ -6,6 +6,6 @@ no torch.
 
 from __future__ import annotations
 
-from fastode.commands import demo, describe, info, sample, solvers, train
+from fastode.commands import bench, compare, convert, demo, describe, info, likelihood, sample, solvers, train
 
-COMMANDS = (sample, solvers, describe, train, demo, info)
+COMMANDS = (sample, compare, solvers, describe, likelihood, train, convert, bench, demo, info)

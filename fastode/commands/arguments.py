@@ -21,7 +21,11 @@ def solver_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def model_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", default="mnist", help="a bundled model or a weights file (default %(default)s)")
+    p.add_argument(
+        "--model",
+        default="mnist",
+        help="a bundled model, a weights file, or edm:FILE.pkl and its kin (default %(default)s)",
+    )
     solver_arguments(p)
     p.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     p.add_argument("--backend", default="auto", help="auto, reference, ... (default %(default)s)")

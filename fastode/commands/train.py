@@ -6,14 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastode.commands import train_solver
 from fastode.commands.arguments import device_of, numbers
 
 
 def add(commands: Any) -> None:
-    p = commands.add_parser("train", help="train a model")
+    p = commands.add_parser("train", help="train a model, or calibrate a solver on one")
     kinds = p.add_subparsers(dest="kind", required=True, metavar="what")
     t = kinds.add_parser("denoiser", help="an EDM denoiser on a folder of images or an npz")
     _denoiser_arguments(t)
+    train_solver.add(kinds)
+    _classifier_arguments(kinds.add_parser("classifier", help="a small classifier that judges samples"))
 
 
 def _denoiser_arguments(t: argparse.ArgumentParser) -> None:
@@ -67,4 +70,25 @@ def _denoiser(a: argparse.Namespace) -> None:
     weights = train(
         images, out, config=config, settings=settings, device=device_of(a.device), resume=not a.fresh, card=card
     )
+    print(f"wrote {weights}")
+
+
+def _classifier_arguments(t: argparse.ArgumentParser) -> None:
+    t.add_argument("--data", required=True, help="an .npz with images and labels, or a folder of class folders")
+    t.add_argument("--test", required=True, help="the same, for the accuracy in the card")
+    t.add_argument("--out", required=True, help="weights and card are written to OUT.safetensors and OUT.json")
+    t.add_argument("--resolution", type=int, default=32)
+    t.add_argument("--epochs", type=int, default=4)
+    t.add_argument("--flip", action="store_true", help="mirror images at random")
+    t.add_argument("--seed", type=int, default=0)
+    t.set_defaults(run=_classifier)
+
+
+def _classifier(a: argparse.Namespace) -> None:
+    from fastode.learn.classifier import train
+    from fastode.learn.data import load_images
+
+    data, test = (load_images(path, resolution=a.resolution) for path in (a.data, a.test))
+    card = {"data": f"{Path(a.data).name}, {len(data)} images at {a.resolution} x {a.resolution}"}
+    weights = train(data, test, Path(a.out), epochs=a.epochs, seed=a.seed, flip=a.flip, card=card)
     print(f"wrote {weights}")

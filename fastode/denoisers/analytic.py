@@ -63,6 +63,13 @@ class Gaussian:
         gains = torch.sqrt((self.variances + sigma_to**2) / (self.variances + sigma_from**2))
         return self._scale(x, gains.to(x.device))
 
+    def log_prob(self, x: Tensor, sigma: float = 0.0) -> Tensor:
+        """Log-density of x_0 + sigma n at ``x``: float64 [B]."""
+        y = x.double().flatten(1) - self.mean.to(x.device).reshape(-1)
+        y = y if self.basis is None else y @ self.basis.to(x.device)
+        total = self.variances.to(x.device) + sigma**2
+        return -0.5 * (y**2 / total + torch.log(2 * math.pi * total)).sum(1)
+
 
 class GaussianMixture:
     """Data sum_k w_k N(mean_k, covariance_k): D is the posterior mean, a softmax-weighted mean of the components'.
@@ -106,6 +113,15 @@ class GaussianMixture:
         if self.means[0].numel() == 1:
             return self._quantile_flow(x, sigma_from, sigma_to)
         return integrate(self, x, sigma_from, sigma_to)
+
+    def log_prob(self, x: Tensor, sigma: float = 0.0) -> Tensor:
+        """Log-density of x_0 + sigma n at ``x``: float64 [B]."""
+        y = x.double().flatten(1)[:, None] - self.means.flatten(1).to(x.device)
+        if self.bases is not None:
+            y = torch.einsum("bkd,kde->bke", y, self.bases.to(x.device))
+        total = self.variances.to(x.device) + sigma**2
+        each = -0.5 * (y**2 / total + torch.log(2 * math.pi * total)).sum(-1)
+        return torch.logsumexp(self.log_weights.to(x.device) + each, 1)
 
     def _cdf(self, x: Tensor, sigma: float) -> Tensor:
         z = (x.reshape(-1, 1) - self.means.flatten()) / torch.sqrt(self.variances.flatten() + sigma**2)

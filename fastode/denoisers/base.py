@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from fastode.denoisers.edm import edm_fields, is_edm
 from fastode.denoisers.guidance import GUIDANCE_SCALE, Guidance
 from fastode.denoisers.precondition import PREDICTIONS, Scaling, scaling
-from fastode.scalar import Scalar, evaluate
+from fastode.scalar import Late, Scalar, evaluate
 from fastode.schedules.grid import Level
 from fastode.schedules.noise import EDM, Flow, NoiseSchedule, VPLinear
+
+if TYPE_CHECKING:
+    from fastode.program.lower import Call
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -43,10 +46,14 @@ class Denoiser:
     sigma n), with sigma a tensor without dimensions (or [B, 1, ...] when it differs between samples), as the analytic
     denoisers and EDM's preconditioned networks expect.
 
-    ``prediction``: "edm" (raw network of EDM preconditioning, ``sigma_data``), "eps", "x0", "v", "flow" or "denoised".
-    ``schedule``: the noise schedule the network was trained on; by default VP-linear for eps, x0, v and Flow for flow.
+    ``prediction``: "edm" (raw network of EDM preconditioning, ``sigma_data``), "eps", "score" (sigma times the score, -eps),
+    "x0", "v", "flow" or "denoised".
+    ``schedule``: the noise schedule the network was trained on; by default VP-linear for eps, score, x0, v and Flow for flow.
     ``num_classes``: labels are 0 .. num_classes - 1; ``null_label`` stands for "no class" and makes guidance possible.
     ``transforms`` are applied to D itself (clipping, thresholding); they cannot be folded into a table.
+    ``features``: named outputs that the network offers besides, e.g. "bottleneck", [B, C, h, w]: called with
+    ``features=True`` it then returns ``(raw, {name: tensor})``. By default ("bottleneck",) where its ``forward`` has an
+    argument of that name, none elsewhere. Under guidance they are those of the conditional half.
 
     Raises ``ValueError`` for unknown predictions, or schedules that contradict them.
     """
@@ -59,6 +66,7 @@ class Denoiser:
     null_label: int | None = None
     sample_shape: tuple[int, ...] | None = None
     transforms: tuple[Transform, ...] = ()
+    features: tuple[str, ...] | None = None
     name: str = "denoiser"
     card: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,6 +85,9 @@ class Denoiser:
             object.__setattr__(self, "schedule", default)
         if self.prediction == "flow" and not isinstance(self.schedule, Flow):
             raise ValueError(f"schedule: flow prediction needs a Flow schedule, got {type(self.schedule).__name__}")
+        if self.features is None:
+            offers = self._parameters is not None and "features" in self._parameters
+            object.__setattr__(self, "features", ("bottleneck",) if offers else ())
 
     @classmethod
     def of(cls, denoiser: Denoiser | Callable[..., Any]) -> Denoiser:
@@ -166,12 +177,34 @@ class Denoiser:
             return None
         return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
 
+    def check_outputs(self, names: Iterable[str]) -> None:
+        """Raise ``ValueError`` if a program asks for a named output that the network does not offer."""
+        for name in names:
+            if name not in ("denoised", *(self.features or ())):
+                offered = ", ".join(self.features or ()) or "none"
+                raise ValueError(
+                    f"denoiser: this solver looks at the network's {name!r}, which {self.name} does not offer (it offers "
+                    f"{offered}); train one without features, or give the network a `features` argument"
+                )
+
     def raw(
         self, net_in: Tensor, c_noise: Tensor, condition: Condition, guidance: Guidance | None = None
     ) -> Sequence[Tensor]:
         """Raw outputs at ``net_in`` [B, *sample] (already scaled by c_in), one per column. ``c_noise``: see class."""
+        return self.raw_and_features(net_in, c_noise, condition, guidance, ())[0]
+
+    def raw_and_features(
+        self,
+        net_in: Tensor,
+        c_noise: Tensor,
+        condition: Condition,
+        guidance: Guidance | None,
+        names: Sequence[str],
+    ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+        """:meth:`raw`, and the named outputs ``names``, each [B, ...]."""
         if guidance is None:
-            return (self._call(net_in, c_noise, condition.class_labels, condition.cond),)
+            raw, made = self._call(net_in, c_noise, condition.class_labels, condition.cond, names)
+            return (raw,), made
         labels, cond = condition.class_labels, condition.cond
         uncond = cond if condition.uncond is None else {**cond, **condition.uncond}
         none = labels
@@ -181,16 +214,32 @@ class Denoiser:
             none = uncond["class_labels"]
             uncond = {k: v for k, v in uncond.items() if k != "class_labels"}
         if not guidance.batched:
-            return self._call(net_in, c_noise, none, uncond), self._call(net_in, c_noise, labels, cond)
+            without, _ = self._call(net_in, c_noise, none, uncond, ())
+            with_it, made = self._call(net_in, c_noise, labels, cond, names)
+            return (without, with_it), made
         b = net_in.shape[0]
         both = {k: _join(uncond[k], v, b) for k, v in cond.items()}
         pair = None if labels is None or none is None else torch.cat([none, labels])
         c_pair = c_noise if c_noise.ndim == 0 else torch.cat([c_noise, c_noise])
-        return self._call(torch.cat([net_in, net_in]), c_pair, pair, both).chunk(2)
+        raw, made = self._call(torch.cat([net_in, net_in]), c_pair, pair, both, names)
+        return raw.chunk(2), {name: feature[b:] for name, feature in made.items()}
 
-    def _call(self, net_in: Tensor, c_noise: Tensor, labels: Tensor | None, cond: Mapping[str, Any]) -> Tensor:
+    def _call(
+        self,
+        net_in: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None,
+        cond: Mapping[str, Any],
+        names: Sequence[str],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         kwargs = dict(cond) if labels is None else {"class_labels": labels, **cond}
-        raw = self.network(net_in, c_noise, **kwargs)
+        raw = (
+            self.network(net_in, c_noise, **kwargs, features=True) if names else self.network(net_in, c_noise, **kwargs)
+        )
+        made: dict[str, Tensor] = {}
+        if names:
+            raw, offered = raw
+            made = {name: offered[name] for name in names}
         if isinstance(raw, (tuple, list)) and raw:
             raw = raw[0]
         if not isinstance(raw, Tensor):
@@ -201,7 +250,7 @@ class Denoiser:
             raise TypeError(f"network: must return floating point, got {raw.dtype}")
         if raw.device != net_in.device:
             raise ValueError(f"network: returned a tensor on {raw.device} for an input on {net_in.device}")
-        return raw
+        return raw, made
 
     def c_noise(self, value: Any, net_in: Tensor) -> Tensor:
         """``c_noise`` as the network takes it: [B] for networks, no dimension for plain denoisers.
@@ -213,6 +262,16 @@ class Denoiser:
         if self.prediction == "denoised":
             return tensor
         return tensor.reshape(-1).expand(net_in.shape[0])
+
+    def told(self, call: Call, net_in: Tensor) -> Tensor | None:
+        """What the network is told in ``call``: its number as :meth:`c_noise` makes it; room for one per sample where the
+        run makes it; None where it comes with the call of the engine."""
+        if not isinstance(call.c_noise, Late):
+            return self.c_noise(call.c_noise, net_in)
+        if not call.due:
+            return None
+        room = torch.ones((net_in.shape[0], *[1] * (net_in.ndim - 1)), device=net_in.device)
+        return self.c_noise(room, net_in).clone()
 
     def denoise(
         self,
@@ -228,17 +287,31 @@ class Denoiser:
 
         ``check`` is shown every raw output of the network before anything is made of it.
         """
+        return self.denoise_and_features(x, level, condition, guidance=guidance, known=known, check=check)[0]
+
+    def denoise_and_features(
+        self,
+        x: Tensor,
+        level: Level,
+        condition: Condition | None = None,
+        *,
+        guidance: Guidance | None = None,
+        known: Mapping[Any, Any] | None = None,
+        check: Callable[[Tensor], None] | None = None,
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`denoise`, and the named outputs ``names``."""
         on = guidance if guidance is not None and guidance.active(level) else None
         memo: dict[int, Any] = {}
         s = self.scaling(level)
         net_in = _weigh(evaluate(s.c_in, known or {}, memo), x).to(self.dtype or x.dtype)
         net_in = net_in.clone() if net_in is x else net_in  # the network's own copy, whatever it does to it
         c_noise = self.c_noise(evaluate(s.c_noise, known or {}, memo), net_in)
-        outputs = self.raw(net_in, c_noise, condition or Condition(), on)
+        outputs, made = self.raw_and_features(net_in, c_noise, condition or Condition(), on, names)
         if check is not None:
             for raw in outputs:
                 check(raw)
-        return self.assemble(x, outputs, level, on, known)
+        return self.assemble(x, outputs, level, on, known), made
 
     def assemble(
         self,

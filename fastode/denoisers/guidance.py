@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fastode.scalar import Late
 from fastode.schedules.grid import Level
 
@@ -32,4 +34,6 @@ class Guidance:
     def active(self, level: Level) -> bool:
         """Whether this level is guided; levels known only during the run always are."""
         rho = level.rho
-        return isinstance(rho, Late) or self.interval[0] < float(rho) <= self.interval[1]
+        if isinstance(rho, Late):
+            return True
+        return self.interval[0] < float(rho.detach() if isinstance(rho, Tensor) else rho) <= self.interval[1]

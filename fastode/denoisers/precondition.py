@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastode.scalar import Late, Scalar, log, sqrt
 from fastode.schedules.grid import Level
-from fastode.schedules.noise import NoiseSchedule
+from fastode.schedules.noise import Cosine, Discrete, NoiseSchedule, VPLinear
 
-Prediction = Literal["edm", "eps", "x0", "v", "flow", "denoised"]
-PREDICTIONS: tuple[str, ...] = ("edm", "eps", "x0", "v", "flow", "denoised")
+Prediction = Literal["edm", "eps", "score", "x0", "v", "flow", "denoised"]
+PREDICTIONS: tuple[str, ...] = ("edm", "eps", "score", "x0", "v", "flow", "denoised")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Scaling:
 def scaling(prediction: str, level: Level, *, schedule: NoiseSchedule | None, sigma_data: float) -> Scaling:
     """Preconditioning of ``prediction`` on ``level``.
 
-    ``edm``: Karras et al. 2022 (arXiv:2206.00364, Table 1) with ``sigma_data``; ``eps``, ``x0``, ``v`` (arXiv:2202.00512)
-    and ``flow`` (F = n - x_0, states (1 - t) x_0 + t n) for networks trained on ``schedule``; ``denoised``: the network is
+    ``edm``: Karras et al. 2022 (arXiv:2206.00364, Table 1) with ``sigma_data``; ``eps``, ``score`` (F = sigma times the
+    score = -eps, as variance exploding networks are trained, arXiv:2011.13456), ``x0``, ``v`` (arXiv:2202.00512) and
+    ``flow`` (F = n - x_0, states (1 - t) x_0 + t n) for networks trained on ``schedule``; ``denoised``: the network is
     D(x, sigma) itself, in the EDM frame. Raises ``ValueError`` where the prediction says nothing about x_0.
     """
     if prediction == "edm":
@@ -51,9 +52,10 @@ def scaling(prediction: str, level: Level, *, schedule: NoiseSchedule | None, si
     )
     if not isinstance(factor, (Tensor, Late)) and abs(factor - 1) < 1e-12:
         factor = 1.0
-    if prediction == "eps":
+    if prediction in ("eps", "score"):
         _needs_signal(prediction, level)
-        return Scaling(1 / level.alpha, -sigma / alpha, factor, label)
+        toward = -sigma / alpha if prediction == "eps" else sigma / alpha
+        return Scaling(1 / level.alpha, toward, factor, label)
     if prediction == "x0":
         return Scaling(0.0, 1.0, factor, label)
     if prediction == "v":
@@ -76,6 +78,13 @@ def _trained_level(schedule: NoiseSchedule, level: Level) -> tuple[Any, Any, Any
     """(alpha, sigma, label) of the network's own schedule at the noise level of ``level``."""
     rho = level.rho
     if isinstance(rho, Late):
+        if type(schedule) in (
+            VPLinear,
+            Cosine,
+            Discrete,
+        ):  # alpha^2 + sigma^2 = 1: elementary, so kernels can compute it
+            alpha_vp: Any = 1 / sqrt(1 + rho * rho)
+            return alpha_vp, rho * alpha_vp, Late.apply("label", lambda r: schedule.label(schedule.time(r)).to(r), rho)
         return (
             Late.apply("alpha", lambda r: schedule.alpha(schedule.time(r)).to(r), rho),
             Late.apply("sigma", lambda r: schedule.sigma(schedule.time(r)).to(r), rho),

@@ -6,6 +6,7 @@ constant 1::
 
     for stage in program.stages:
         outputs = denoiser(values[stage.net_in], stage.level)
+        numbers made in the run (``binds``) become known
         values[stage.table.writes] = stage.table @ [*values, *outputs, *noise, one]
 
 Values are written once (value 0 is the state at the first level). Which buffers they live in is decided in
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastode.files import write_tensors
+from fastode.program.bind import Bind
 from fastode.program.form import Atom, Form
 from fastode.scalar import Late, Scalar, finite, show
 from fastode.schedules.grid import Grid, Level
@@ -121,7 +123,8 @@ class Program:
     """A compiled solver. Immutable; safe to share between threads.
 
     ``init`` writes values before the first evaluation (often none); ``result`` is the value returned; ``states[i]`` is the
-    value that holds the state at grid level i. ``noise`` lists the standard normal draws by name.
+    value that holds the state at grid level i. ``draws`` counts the standard normal draws. ``binds`` say where the late
+    numbers come from that the run makes itself.
 
     Construction checks that nothing is read before it is written, that each stage reads only its own outputs, and, unless
     ``consistent`` is False, that the table is exact when the data set is a single point: states at level t are then
@@ -137,8 +140,10 @@ class Program:
     name: str = "program"
     consistent: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    binds: tuple[Bind, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_binds()
         written = {0, *self.init.writes}
         self._check_columns(self.init, {0}, None)
         for stage in self.stages:
@@ -163,6 +168,29 @@ class Program:
                     "is wrong, or the program should be declared consistent=False"
                 )
 
+    def _check_binds(self) -> None:
+        made = self.made
+        for where, stage, numbers in self._numbers():
+            for late in set().union(*(c.leaves() for c in numbers if isinstance(c, Late))):
+                if made.get(late, -1) > stage:
+                    raise ValueError(f"{where}: uses {late.name!r}, which is made only after evaluation {made[late]}")
+        for bind in self.binds:
+            names = ", ".join(late.name for late in bind.lates)
+            if not 0 <= bind.stage < len(self.stages):
+                raise ValueError(f"{names}: made after evaluation {bind.stage} of {len(self.stages)}")
+            missing = sorted(set(bind.outputs) - set(self.stages[bind.stage].outputs))
+            if missing:
+                raise ValueError(f"{names}: evaluation {bind.stage} does not ask for the output {missing[0]!r}")
+
+    def _numbers(self) -> Iterator[tuple[str, int, list[Scalar]]]:
+        """(where, the evaluation after which they are used, numbers) of all tables, norms and levels."""
+        yield "init", -1, [c for row in self.init.entries for c in row]
+        for stage in self.stages:
+            yield f"stage {stage.index}", stage.index - 1, [stage.level.alpha, stage.level.sigma]
+            yield f"stage {stage.index}", stage.index, [c for row in stage.table.entries for c in row]
+        for bind in self.binds:
+            yield bind.lates[0].name, bind.stage - 1, [c for form in bind.norms for c in form.terms.values()]
+
     def _check_columns(self, table: Table, written: set[int], stage: Stage | None) -> None:
         where = "init" if stage is None else f"stage {stage.index}"
         for atom in table.columns:
@@ -185,17 +213,17 @@ class Program:
         return torch.tensor([math.nan if isinstance(r, Late) else _number_of(r) for r in rho], dtype=torch.float64)
 
     @cached_property
+    def made(self) -> Mapping[Late, int]:
+        """The late numbers that the run makes itself, with the evaluation that each is made after."""
+        return {late: bind.stage for bind in self.binds for late in bind.lates}
+
+    @cached_property
     def late(self) -> frozenset[Late]:
-        """The late numbers this program needs from the run."""
+        """The late numbers this program needs from the caller."""
         found: set[Late] = set()
-        for table in (self.init, *(s.table for s in self.stages)):
-            for row in table.entries:
-                found.update(*(c.leaves() for c in row if isinstance(c, Late)))
-        for stage in self.stages:
-            for c in (stage.level.alpha, stage.level.sigma):
-                if isinstance(c, Late):
-                    found |= c.leaves()
-        return frozenset(found)
+        for _, _, numbers in self._numbers():
+            found.update(*(c.leaves() for c in numbers if isinstance(c, Late)))
+        return frozenset(found - self.made.keys())
 
     def unroll(self, level: int | None = None) -> Unrolled:
         """The final sample (or the state at grid ``level``) as a weighted sum of everything that entered the run.
@@ -232,7 +260,11 @@ class Program:
 
         0 for programs with late or per-element numbers, which cannot be judged beforehand.
         """
-        if self.late or any(isinstance(c, Tensor) and c.ndim for s in self.stages for r in s.table.entries for c in r):
+        if (
+            self.late
+            or self.binds
+            or any(isinstance(c, Tensor) and c.ndim for s in self.stages for r in s.table.entries for c in r)
+        ):
             return 0.0
         number = _number_of
         start = self.grid[0]
@@ -279,6 +311,14 @@ class Program:
         for stage in self.stages:
             names = ", ".join(str(Atom("output", stage.index, n)) for n in stage.outputs)
             lines.append(f"{names} = denoise(x{stage.net_in}, sigma={_number(stage.level.rho)})")
+            for bind in (b for b in self.binds if b.stage == stage.index):
+                inputs = [
+                    *(str(Atom("output", stage.index, n)) for n in bind.outputs),
+                    *(f"|{f!r}|" for f in bind.norms),
+                ]
+                name = "" if bind.function is None else getattr(bind.function, "name", type(bind.function).__name__)
+                made = ", ".join(late.name for late in bind.lates)
+                lines.append(f"{made} = {name}({', '.join(inputs)})" if name else f"{made} = {', '.join(inputs)}")
             lines += self._rows(stage.table, marks)
         lines.append(f"return x{self.result}")
         return "\n".join(lines)
@@ -293,8 +333,8 @@ class Program:
 
         Raises ``ValueError`` for programs with late numbers, which are saved as artifacts of their method instead.
         """
-        if self.late:
-            names = sorted(late.name for late in self.late)
+        if self.late or self.binds:
+            names = sorted(late.name for late in {*self.late, *self.made})
             raise ValueError(f"program: late coefficients {names} have no value to save")
         tensors: dict[str, Tensor] = {"sigmas": self.grid.sigmas.detach().contiguous()}
 

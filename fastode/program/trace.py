@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from fastode.program.bind import Bind
 from fastode.program.form import ONE, Atom, Form
 from fastode.program.program import Program, Stage, Table
+from fastode.scalar import Late
 from fastode.schedules.grid import Grid, Level
 
 
@@ -16,6 +19,7 @@ class Trace:
     ``start`` gives the state at the first level, ``denoise`` the denoised estimate at a point, ``land`` declares the state
     at a grid level, ``keep`` stores a form that later steps need (a noise prediction in a multistep history, say), ``noise``
     is a fresh standard normal draw. Outputs may be used in later steps as they are; they are stored if they are.
+    ``late`` and ``norm`` give numbers that the run makes from the evaluation just requested.
 
     ``afs=True`` answers the first request for a denoised estimate with the analytical first step instead of the network:
     far from the data the network would return ``x`` shrunk to unit variance, i.e. noise ``x / sqrt(1 + sigma^2)`` in the
@@ -23,7 +27,8 @@ class Trace:
     """
 
     def __init__(self, grid: Grid, *, afs: bool = False) -> None:
-        self.grid = grid
+        self.grid = self.whole = grid
+        self.afs = afs
         self.consistent = not afs
         self._afs = afs
         self._forms: dict[int, Form] = {}  # value -> its definition
@@ -32,6 +37,7 @@ class Trace:
         self._states: dict[int, int] = {0: 0}
         self._draws = 0
         self._step = 0
+        self._binds: list[Bind] = []
 
     def start(self) -> Form:
         """The state at the first level."""
@@ -57,6 +63,44 @@ class Trace:
         self._points.append((self._value(x), level, self._step, ("denoised",)))
         return Form({Atom("output", index, "denoised"): 1.0})
 
+    def bind(
+        self,
+        lates: Sequence[Late],
+        function: Callable[..., Any] | None,
+        *,
+        outputs: Sequence[str] = (),
+        norms: Sequence[Form] = (),
+    ) -> None:
+        """``lates`` are made after the evaluation requested last, as ``function(*features, *norms)``; see :class:`Bind`.
+
+        They may be used in every coefficient from that evaluation on, and for the levels of later ones. ``outputs`` names
+        what the network must offer besides its output ("bottleneck"). Raises ``ValueError`` before the first evaluation.
+        """
+        if not self._points:
+            names = ", ".join(late.name for late in lates)
+            raise ValueError(f"{names}: nothing has been evaluated yet that they could be made from")
+        stage = len(self._points) - 1
+        x, level, step, offered = self._points[-1]
+        self._points[-1] = (x, level, step, (*offered, *(name for name in outputs if name not in offered)))
+        self._binds.append(Bind(stage, tuple(lates), function, tuple(outputs), tuple(norms)))
+
+    def late(
+        self,
+        names: Sequence[str],
+        function: Callable[..., Any] | None,
+        *,
+        outputs: Sequence[str] = (),
+        norms: Sequence[Form] = (),
+    ) -> tuple[Late, ...]:
+        """New late numbers, named after the evaluation they are made after; see :meth:`bind`."""
+        lates = tuple(Late(f"{name}{len(self._points) - 1}") for name in names)
+        self.bind(lates, function, outputs=outputs, norms=norms)
+        return lates
+
+    def norm(self, form: Form) -> Late:
+        """The Euclidean norm of ``form`` over the elements of each sample, a number per sample; see :meth:`late`."""
+        return self.late(("norm",), None, norms=(form,))[0]
+
     def keep(self, form: Form) -> Form:
         """Store ``form`` as one value; later uses read the value instead of what it was made of."""
         atom = form.single()
@@ -76,6 +120,15 @@ class Trace:
             self._step = level.index
         return kept
 
+    def inner(self, form: Form, level: Level) -> Form:
+        """``keep`` a state that is evaluated on the way to the next grid level: a Runge-Kutta node, a predicted point."""
+        return self.keep(form)
+
+    def compensated(self, form: Form, level: Level) -> Form:
+        """The output of the evaluation on ``level`` as a multistep solver steps with it and remembers it: ``form`` itself
+        here, something else where a calibrated method corrects the history (DC-Solver)."""
+        return form
+
     def program(self, x: Form, *, name: str = "program", options: Mapping[str, Any] | None = None) -> Program:
         """The finished program, returning ``x``."""
         result = self._value(x)
@@ -89,6 +142,10 @@ class Trace:
         for value, form in list(self._forms.items()):
             stage = self._made[value]
             rows[stage][value] = self._expand(form, stage, stored)
+        binds = tuple(
+            replace(bind, norms=tuple(self._expand(form, bind.stage, stored) for form in bind.norms))
+            for bind in self._binds
+        )
         for (stage, output), value in stored.items():
             rows[stage][value] = Form({Atom("output", stage, output): 1.0})
         stages = tuple(
@@ -105,6 +162,7 @@ class Trace:
             name=name,
             consistent=self.consistent,
             options=dict(options or {}),
+            binds=binds,
         )
 
     def _value(self, form: Form) -> int:

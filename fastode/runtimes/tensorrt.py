@@ -99,7 +99,7 @@ class TensorRT(Onnx):
     """ONNX Runtime's TensorRT provider, with CUDA and the CPU behind it for what TensorRT cannot do."""
 
     @classmethod
-    def build(  # type: ignore[override]
+    def build(
         cls,
         denoiser: Denoiser,
         path: str | os.PathLike[str],

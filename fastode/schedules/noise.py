@@ -99,13 +99,21 @@ class EDM(NoiseSchedule):
 
 @dataclass(frozen=True)
 class VE(NoiseSchedule):
-    """alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t, t in [0, 1] (arXiv:2011.13456). The network is told sigma."""
+    """alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t, t in [0, 1] (arXiv:2011.13456).
+
+    The network is told ``told``: "sigma"; "log_half_sigma", ln(sigma/2), as EDM's networks are (arXiv:2206.00364, Table 1);
+    or "index", the position (1 - t)(steps - 1) in a table of ``steps`` levels that begins at ``sigma_max``.
+    """
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
+    told: Literal["sigma", "log_half_sigma", "index"] = "sigma"
+    steps: int = 1000
 
     def __post_init__(self) -> None:
         _check_range("sigma_min", self.sigma_min, "sigma_max", self.sigma_max)
+        if self.told not in ("sigma", "log_half_sigma", "index"):
+            raise ValueError(f"told: must be sigma, log_half_sigma or index, got {self.told!r}")
 
     @property
     def t_start(self) -> float:
@@ -125,7 +133,9 @@ class VE(NoiseSchedule):
         return torch.log(_tensor(rho) / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
 
     def label(self, t: Number) -> Tensor:
-        return self.sigma(t)
+        if self.told == "index":
+            return (1 - _tensor(t)) * (self.steps - 1)
+        return self.sigma(t) if self.told == "sigma" else torch.log(self.sigma(t) / 2)
 
 
 @dataclass(frozen=True)
@@ -260,11 +270,13 @@ class Discrete(NoiseSchedule):
 
     ``alphas_bar[k]`` is the cumulative product at label k: alpha^2 = alphas_bar, sigma^2 = 1 - alphas_bar. Between labels
     ln rho is linear (``interpolation="log_sigma"``, as in k-diffusion), rho is linear (``"sigma"``, diffusers) or ln alpha
-    is linear (``"log_alpha"``, DPM-Solver). The network is told the label, fractional where need be.
+    is linear (``"log_alpha"``, DPM-Solver). The network is told the label, fractional where need be; with ``rounded`` that
+    of the entry whose rho is nearest, as EDM does with improved DDPM's networks.
     """
 
     alphas_bar: tuple[float, ...]
     interpolation: Literal["log_sigma", "sigma", "log_alpha"] = "log_sigma"
+    rounded: bool = False
     _table: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -307,6 +319,14 @@ class Discrete(NoiseSchedule):
 
     def __len__(self) -> int:
         return len(self.alphas_bar)
+
+    def label(self, t: Number) -> Tensor:
+        t = _tensor(t)
+        if not self.rounded:
+            return t
+        low = t.detach().floor().clamp(0, len(self) - 2)
+        nearer = self.rho(low + 1) - self.rho(t) < self.rho(t) - self.rho(low)
+        return low + nearer.to(low)
 
     @property
     def t_start(self) -> float:

@@ -20,6 +20,7 @@ from fastode.solvers.coefficients import (
     exp_moments,
     functional_weights,
     power_moments,
+    settle,
     time_weights,
 )
 
@@ -39,6 +40,7 @@ def multistep(
     for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)
         history.push(s, p.keep(eps_of(x, d, s)) if order > 1 else eps_of(x, d, s))
+        d = settle(p, history, x, d, s, data=False)
         most = min(order, steps - i) if lower_order_final else order
         k = history.reach(most) if finite_nodes else min(most, len(history))
         if s.is_noise or k <= 1:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastode.program.form import Form
-from fastode.scalar import Late, Scalar
+from fastode.program import Form, Trace
+from fastode.scalar import Moment, Scalar
 from fastode.schedules.grid import Level
 from fastode.schedules.noise import Discrete, NoiseSchedule
 
@@ -41,6 +41,11 @@ def ddim_step(x: Form, d: Form, s: Level, t: Level) -> Form:
 def eps_of(x: Form, d: Form, s: Level) -> Form:
     """Noise prediction (x - alpha d) / sigma."""
     return (x - s.alpha * d) / s.sigma
+
+
+def denoised_of(x: Form, eps: Form, s: Level) -> Form:
+    """Denoised estimate (x - sigma eps) / alpha of a noise prediction."""
+    return (x - s.sigma * eps) / s.alpha
 
 
 def is_first_order(s: Level, t: Level) -> bool:
@@ -77,40 +82,9 @@ def power_moments(h: Scalar, count: int) -> list[Any]:
 def exp_moment(k: int, h: Scalar, *, data: bool) -> Any:
     """int_0^h e^{-(h-u)} u^k/k! du for data prediction, int_0^h e^{h-u} u^k/k! du for noise prediction.
 
-    These are the phi functions of exponential integrators. For small h the recursion J_k = h^k/k! - J_{k-1} cancels, so
-    the power series is summed instead.
+    These are the phi functions of exponential integrators, see :class:`~fastode.scalar.Moment`.
     """
-    sign = -1.0 if data else 1.0
-    if isinstance(h, Late):
-        return Late.apply(f"{'J' if data else 'K'}{k}", lambda value: _exp_moment_tensor(k, value, sign), h)
-    if isinstance(h, Tensor):
-        return _exp_moment_tensor(k, h, sign)
-    if abs(h) < k + 1:
-        term = h ** (k + 1) / math.factorial(k + 1)
-        total = term
-        for j in range(1, 40):
-            term *= sign * h / (k + 1 + j)
-            total += term
-        return total
-    value = sign * math.expm1(sign * h)
-    for i in range(1, k + 1):
-        value = sign * (value - h**i / math.factorial(i))
-    return value
-
-
-def _exp_moment_tensor(k: int, h: Tensor, sign: float) -> Tensor:
-    small = h.abs() < k + 1
-    near = torch.where(small, h, torch.zeros_like(h))  # the branch not taken must not poison gradients
-    term = near ** (k + 1) / math.factorial(k + 1)
-    series = term
-    for j in range(1, 40):
-        term = term * sign * near / (k + 1 + j)
-        series = series + term
-    far = torch.where(small, torch.ones_like(h), h)
-    value = sign * torch.expm1(sign * far)
-    for i in range(1, k + 1):
-        value = sign * (value - far**i / math.factorial(i))
-    return torch.where(small, series, value)
+    return Moment(k, -1 if data else 1)(h)
 
 
 def exp_moments(h: Scalar, count: int, *, data: bool) -> list[Any]:
@@ -188,6 +162,10 @@ class History:
     def levels(self, count: int) -> list[Level]:
         return [level for level, _ in self._items[:count]]
 
+    def replace(self, form: Form) -> None:
+        """Another form in the place of the newest one."""
+        self._items[0] = (self._items[0][0], form)
+
     def reach(self, count: int) -> int:
         """How many of the newest ``count`` lie at finite lam; a level with alpha = 0 carries no node to interpolate on."""
         usable = 0
@@ -196,6 +174,17 @@ class History:
                 break
             usable += 1
         return usable
+
+
+def settle(p: Trace, history: History, x: Form, d: Form, s: Level, *, data: bool) -> Form:
+    """The denoised estimate to step from. That is ``d``, unless the trace compensates the newest entry of ``history``,
+    which is then replaced for good; ``data``: the history holds denoised estimates, else noise predictions."""
+    stored = history.forms(1)[0]
+    used = p.compensated(stored, s)
+    if used is stored:
+        return d
+    history.replace(used)
+    return used if data else denoised_of(x, used, s)
 
 
 def check_order(order: int, allowed: Sequence[int], solver: str) -> int:

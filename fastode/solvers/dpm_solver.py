@@ -72,7 +72,7 @@ def second_order(p: Trace, x: Form, s: Level, t: Level, r: Any, *, data: bool) -
     if is_first_order(s, t):
         return ddim_step(x, d, s, t)
     u = p.grid.between(s, t, r)
-    x_u = p.keep(ddim_step(x, d, s, u))
+    x_u = p.inner(ddim_step(x, d, s, u), u)
     weight = _weight(0, s, t, data) / (2 * r)
     first = p.keep(ddim_step(x, d, s, t) - weight * _predicted(x, d, s, data))  # one buffer instead of x and d
     return first + weight * _predicted(x_u, p.denoise(x_u, u), u, data)
@@ -84,11 +84,11 @@ def third_order(p: Trace, x: Form, s: Level, t: Level, r1: float, r2: float, *, 
     if is_first_order(s, t):
         return ddim_step(x, d, s, t)
     u, v = p.grid.between(s, t, r1), p.grid.between(s, t, r2)
-    x_u = p.keep(ddim_step(x, d, s, u))
+    x_u = p.inner(ddim_step(x, d, s, u), u)
     w_v, w_t = r2 / r1 * _weight(1, s, v, data), _weight(1, s, t, data) / r2
     m = _predicted(x, d, s, data)
     x_v, x_t = p.keep(ddim_step(x, d, s, v) - w_v * m), p.keep(ddim_step(x, d, s, t) - w_t * m)
-    x_v = p.keep(x_v + w_v * _predicted(x_u, p.denoise(x_u, u), u, data))
+    x_v = p.inner(x_v + w_v * _predicted(x_u, p.denoise(x_u, u), u, data), v)
     return x_t + w_t * _predicted(x_v, p.denoise(x_v, v), v, data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastode.program import Form, Trace
+from fastode.scalar import exp
 from fastode.schedules.grid import Level
 from fastode.solvers.coefficients import (
     History,
@@ -15,6 +16,7 @@ from fastode.solvers.coefficients import (
     exp_moments,
     functional_weights,
     is_first_order,
+    settle,
 )
 
 
@@ -49,6 +51,7 @@ def dpm_solver_pp(
     for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)
         history.push(s, d if data or order == 1 else p.keep(eps_of(x, d, s)))
+        d = settle(p, history, x, d, s, data=data or order == 1)
         k = history.reach(min(order, steps - i) if lower_order_final else order)
         if k <= 1 or is_first_order(s, t):
             x = p.land(ddim_step(x, d, s, t), t)
@@ -59,19 +62,27 @@ def dpm_solver_pp(
     return x
 
 
-def exponential_step(x: Form, history: History, k: int, s: Level, t: Level, *, data: bool) -> Form:
+def exponential_step(x: Form, history: History, k: int, s: Level, t: Level, *, data: bool, eta: float = 0.0) -> Form:
     """Exponential Adams-Bashforth: exact for predictions that are polynomials of degree k-1 in lam."""
-    nodes = [level.lam - s.lam for level in history.levels(k)]
-    weights = functional_weights(nodes, exp_moments(t.lam - s.lam, k, data=data))
-    gain, scale = (t.sigma / s.sigma, t.alpha) if data else (t.alpha / s.alpha, -t.sigma)
+    h = t.lam - s.lam
+    nodes = [(1 + eta) * (level.lam - s.lam) for level in history.levels(k)]
+    weights = functional_weights(nodes, exp_moments((1 + eta) * h, k, data=data))
+    gain, scale = (t.sigma * exp(-eta * h) / s.sigma, t.alpha) if data else (t.alpha / s.alpha, -t.sigma)
     return gain * x + scale * combine(weights, history.forms(k))
 
 
-def published_step(x: Form, history: History, k: int, s: Level, t: Level, *, data: bool, midpoint: bool) -> Form:
-    """The 2M and 3M formulas as published."""
+def published_step(
+    x: Form, history: History, k: int, s: Level, t: Level, *, data: bool, midpoint: bool, eta: float = 0.0
+) -> Form:
+    """The 2M and 3M formulas as published.
+
+    ``eta`` (data prediction): the part of the SDE step that is not fresh noise. Noise forgets x faster, by e^(-eta h), and
+    everything else depends on (1 + eta) h in the place of h.
+    """
     h = t.lam - s.lam
-    gain, scale = (t.sigma / s.sigma, t.alpha) if data else (t.alpha / s.alpha, -t.sigma)
-    c = [scale * exp_moment(j, h, data=data) / h**j for j in range(3)]
+    gain, scale = (t.sigma * exp(-eta * h) / s.sigma, t.alpha) if data else (t.alpha / s.alpha, -t.sigma)
+    e = (1 + eta) * h
+    c = [scale * exp_moment(j, e, data=data) / e**j for j in range(3)]
     m, levels = history.forms(k), history.levels(k)
     base = gain * x + c[0] * m[0]
     r0 = (s.lam - levels[1].lam) / h

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastode.program import Form, Trace
 from fastode.schedules.grid import Level
-from fastode.solvers.coefficients import ADAMS_BASHFORTH, History, combine, ddim_step, eps_of, is_first_order
+from fastode.solvers.coefficients import ADAMS_BASHFORTH, History, combine, ddim_step, eps_of, is_first_order, settle
 
 
 def pndm(p: Trace, *, skip_prk_steps: bool = False) -> Form:
@@ -29,6 +29,7 @@ def pndm(p: Trace, *, skip_prk_steps: bool = False) -> Form:
         if i < warmup:
             e = _improved_euler(p, x, e, s, t) if skip_prk_steps else _runge_kutta(p, x, e, s, t)
         else:
+            settle(p, history, x, d, s, data=False)
             k = len(history)
             e = combine(ADAMS_BASHFORTH[k], history.forms(k))
         x = p.land(transfer(x, e, s, t), t)
@@ -42,15 +43,15 @@ def transfer(x: Form, e: Form, s: Level, t: Level) -> Form:
 
 
 def _improved_euler(p: Trace, x: Form, e: Form, s: Level, t: Level) -> Form:
-    y = p.keep(transfer(x, e, s, t))
+    y = p.inner(transfer(x, e, s, t), t)
     return (e + eps_of(y, p.denoise(y, t), t)) / 2
 
 
 def _runge_kutta(p: Trace, x: Form, e1: Form, s: Level, t: Level) -> Form:
     half = p.grid.at_time(s, t, 0.5)
-    y2 = p.keep(transfer(x, e1, s, half))
+    y2 = p.inner(transfer(x, e1, s, half), half)
     e2 = eps_of(y2, p.denoise(y2, half), half)
-    y3, total = p.keep(transfer(x, e2, s, half)), p.keep(e1 + 2 * e2)
+    y3, total = p.inner(transfer(x, e2, s, half), half), p.keep(e1 + 2 * e2)
     e3 = eps_of(y3, p.denoise(y3, half), half)
-    y4, total = p.keep(transfer(x, e3, s, t)), p.keep(total + 2 * e3)
+    y4, total = p.inner(transfer(x, e3, s, t), t), p.keep(total + 2 * e3)
     return (total + eps_of(y4, p.denoise(y4, t), t)) / 6

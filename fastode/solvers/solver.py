@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,19 +21,22 @@ class Solver:
     """A named formula ``formula(trace, **options) -> Form`` that compiles to a :class:`Program`.
 
     ``grid`` names the placement of levels that its published figures use (a key of ``GRIDS``), ``final`` how that grid
-    ends: at "sigma_min", or with an added level "zero".
+    ends: at "sigma_min", or with an added level "zero". ``extra``: options that the formula takes as ``**options``, with their
+    defaults (a solver made from another one).
     """
 
     name: str
     formula: Callable[..., Form]
     final: Literal["sigma_min", "zero"] = "sigma_min"
     grid: str = "karras"
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """Every option with its default: the formula's own, then the modifiers."""
         parameters = list(inspect.signature(self.formula).parameters.values())[1:]
-        return {p.name: p.default for p in parameters} | MODIFIERS
+        own = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+        return {**self.extra, **own, **MODIFIERS}
 
     @property
     def summary(self) -> str:
@@ -48,11 +51,14 @@ class Solver:
         Other options are the formula's own. Raises ``ValueError`` or ``TypeError`` naming the argument.
         """
         self.check(options)
-        levels = Grid.of(grid)
+        return self.record(Trace(Grid.of(grid), afs=bool(options.get("afs", False))), **options)
+
+    def record(self, trace: Trace, **options: Any) -> Program:
+        """Compile onto ``trace``, which holds the grid and may alter what the formula writes (calibrated methods do)."""
+        self.check(options)
         own = {k: v for k, v in options.items() if k not in MODIFIERS}
-        trace = Trace(levels, afs=bool(options.get("afs", False)))
         x = self.formula(trace, **own)
-        last = levels[-1]
+        last = trace.grid[-1]
         if options.get("denoise_to_zero", False) and not last.is_data:
             x = trace.denoise(x, last)
         return trace.program(x, name=self.name, options=options)

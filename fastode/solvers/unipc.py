@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fastode.program import Form, Trace
@@ -13,10 +14,12 @@ from fastode.solvers.coefficients import (
     check_order,
     combine,
     ddim_step,
+    denoised_of,
     eps_of,
     exp_moment,
     functional_weights,
     is_first_order,
+    settle,
 )
 
 
@@ -27,6 +30,7 @@ def unipc(
     variant: str = "bh2",
     prediction: str = "x0",
     corrector: bool = True,
+    disable_corrector: Sequence[int] = (),
     lower_order_final: bool = True,
     exact: bool = False,
 ) -> Form:
@@ -41,11 +45,14 @@ def unipc(
     costs nothing, because that evaluation is needed anyway. The last point is neither evaluated nor corrected.
 
     As published, the predictor of order 2 and the corrector of order 1 use rho = 1/2 instead of solving; B matters only
-    there. ``exact=True`` solves. The history keeps evaluations at predicted points.
+    there. ``exact=True`` solves. ``disable_corrector``: steps, counted from 0, whose end is not corrected (diffusers; [0] is
+    its usual value under guidance). The history keeps evaluations at predicted points.
     """
     check_order(order, (1, 2, 3), "unipc")
     check_choice("variant", variant, ("bh1", "bh2"))
     check_choice("prediction", prediction, ("x0", "eps"))
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in disable_corrector):
+        raise ValueError(f"disable_corrector: must be whole numbers, the steps, got {disable_corrector!r}")
     data, bh2 = prediction == "x0", variant == "bh2"
     x, history, steps = p.start(), History(order + 1), p.grid.steps
     previous: tuple[Form, Level, int] | None = None  # corrected state, its level, order of the step taken from it
@@ -56,18 +63,15 @@ def unipc(
         if corrector and previous is not None and previous[2]:
             x_last, last, k = previous
             x = p.land(_step(x_last, history, k, last, s, data=data, bh2=bh2, exact=exact, correct=True), s)
-            d = d if data else _denoised(x, m, s)
+            d = d if data else denoised_of(x, m, s)
+        d = settle(p, history, x, d, s, data=data)
         k = history.reach(min(order, steps - i) if lower_order_final else order)
-        previous = (x, s, 0 if is_first_order(s, t) else k)
+        previous = (x, s, 0 if is_first_order(s, t) or i in disable_corrector else k)
         if is_first_order(s, t):
             x = p.land(ddim_step(x, d, s, t), t)
         else:
             x = p.land(_step(x, history, k, s, t, data=data, bh2=bh2, exact=exact, correct=False), t)
     return x
-
-
-def _denoised(x: Form, eps: Form, s: Level) -> Form:
-    return (x - s.sigma * eps) / s.alpha
 
 
 def _step(

@@ -4,14 +4,20 @@ Generative Models", arXiv 2206.00364, Algorithm 1 with s(t) = 1, sigma(t) = t, w
     xhat' = xhat + (rho_t - rho_s) * (eps_s + eps_t) / 2,    eps_t at the Euler point.
 
 Order 2, two evaluations per step. A step to sigma = 0 and a step from alpha = 0 are Euler (DDIM): one evaluation.
+With churn it is the loop of edm.py.
 """
+
+from typing import Any
 
 import numpy as np
 
+from tests.papers import edm
 from tests.papers.common import Denoise, Levels, ddim_step, eps_from_x0, rho
 
 
-def sample(denoise: Denoise, x: np.ndarray, alphas: Levels, sigmas: Levels) -> np.ndarray:
+def sample(denoise: Denoise, x: np.ndarray, alphas: Levels, sigmas: Levels, **churn: Any) -> np.ndarray:
+    if churn:
+        return edm.sample(denoise, x, alphas, sigmas, **churn)
     for i in range(len(alphas) - 1):
         alpha_s, sigma_s = float(alphas[i]), float(sigmas[i])
         alpha_t, sigma_t = float(alphas[i + 1]), float(sigmas[i + 1])
