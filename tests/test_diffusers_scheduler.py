@@ -123,7 +123,11 @@ def cases() -> list[Any]:
     sde = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
     found += [(dpm, sde), (dpm, {"solver_type": "heun", **sde})]
     found += [("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, **SD})]
-    found += [("DDPMScheduler", {}), ("DDPMScheduler", {"timestep_spacing": "trailing", "clip_sample": False})]
+    found += [
+        ("DDPMScheduler", {}),
+        ("DDPMScheduler", {"variance_type": "fixed_large"}),
+        ("DDPMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}),
+    ]
     found += [("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, **SD})]
     found += [("PNDMScheduler", {"set_alpha_to_one": True}), (euler, SD), (euler, {"use_karras_sigmas": True})]
     found += [(euler, {"prediction_type": "v_prediction", "timestep_spacing": "leading", "steps_offset": 1, **SD})]

@@ -67,6 +67,11 @@ def _deis(c: Mapping[str, Any], steps: int) -> Method:
     return "deis", {"order": int(c["solver_order"]), "space": "lam", "lower_order_final": lower}
 
 
+def _ddpm(c: Mapping[str, Any], steps: int) -> Method:
+    kind = str(c.get("variance_type", "fixed_small")).removesuffix("_log")
+    return "ddpm", {"variance_type": kind if kind == "fixed_large" else "fixed_small"}
+
+
 def _fixed(name: str, **options: Any) -> Callable[[Mapping[str, Any], int], Method]:
     return lambda c, steps: (name, dict(options))
 
@@ -82,7 +87,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any], int], Method]] = {
     "KDPM2DiscreteScheduler": _fixed("dpm_solver_2"),
     "LMSDiscreteScheduler": _fixed("lms"),
     "DDIMScheduler": _fixed("ddim"),
-    "DDPMScheduler": _fixed("ddim", eta=1.0),
+    "DDPMScheduler": _ddpm,
     "PNDMScheduler": lambda c, steps: ("pndm", {"skip_prk_steps": bool(c["skip_prk_steps"])}),
     "EDMEulerScheduler": _fixed("ddim"),
     "EDMDPMSolverMultistepScheduler": _multistep,

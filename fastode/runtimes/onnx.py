@@ -186,13 +186,13 @@ def _unsupported(program: Any, error: BaseException) -> str:
     if found is None:
         return f"network: cannot be exported to ONNX: {first}"
     op = found.group(1).replace("::", ".")
-    for graph in (program.graph, program.run_decompositions().graph):  # it may be part of another operation
-        for node in graph.nodes:
-            stack = list((node.meta.get("nn_module_stack") or {}).values())
-            if node.op == "call_function" and str(node.target).startswith(op) and stack:
-                where, kind = stack[-1]
-                kind = kind if isinstance(kind, str) else kind.__name__
-                return f"network: ONNX has no operation for {op}, used in {where or 'network'} ({kind.split('.')[-1]})"
+    for node in program.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        # The operation may be what another one was decomposed into, under nearly the same name.
+        if node.op == "call_function" and op.split(".")[-1] in str(node.target) and stack:
+            where, kind = stack[-1]
+            kind = kind if isinstance(kind, str) else kind.__name__
+            return f"network: ONNX has no operation for {op}, used in {where or 'network'} ({kind.split('.')[-1]})"
     return f"network: ONNX has no operation for {op}"
 
 
