@@ -141,6 +141,8 @@ def test_tensorrt_on_the_cpu_provider(tmp_path: Path) -> None:
     made = runtimes.build(denoiser(), "tensorrt", path=tmp_path / "t", batches=(6,), providers=["CPUExecutionProvider"])
     same(made, solvers=("unipc",))
     assert len(list((tmp_path / "t" / "engines").iterdir())) == 1
+    same(runtimes.load(tmp_path / "t", providers=["CPUExecutionProvider"]), solvers=("unipc",))
+    assert len(list((tmp_path / "t" / "engines").iterdir())) == 1  # the same key
     if not torch.cuda.is_available():
         with pytest.raises(MissingError, match="tensorrt: no CUDA device"):
             TensorRT.build(denoiser(), tmp_path / "u")

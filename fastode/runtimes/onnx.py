@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from fastode.runtimes.base import Card, MissingError, Runtime, Source, export
 
 ORDER = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
 """Providers in the order in which they are preferred."""
+
+Options = Callable[[int], Mapping[str, Mapping[str, str]]]
+"""bucket -> provider -> its settings."""
 
 _KINDS = {"float32": "float32", "float16": "float16", "float64": "float64", "int64": "int64", "bfloat16": "bfloat16"}
 
@@ -44,7 +47,7 @@ class Onnx(Runtime):
         cond: Mapping[str, Tensor] | None = None,
         features: bool | None = None,
         providers: Sequence[str] | None = None,
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        provider_options: Options | None = None,
         progress: bool = False,
         name: str = "onnx",
     ) -> Onnx:
@@ -77,7 +80,7 @@ class Onnx(Runtime):
         path: str | os.PathLike[str],
         *,
         providers: Sequence[str] | None = None,
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        provider_options: Options | None = None,
     ) -> Onnx:
         """Open what :meth:`build` wrote, on the best of this machine's ``providers``."""
         need("onnxruntime")
@@ -196,11 +199,12 @@ def _unsupported(program: Any, error: BaseException) -> str:
     return f"network: ONNX has no operation for {op}"
 
 
-def _sessions(folder: Path, card: Card, providers: Any, options: Any) -> dict[int, Any]:
+def _sessions(folder: Path, card: Card, providers: Any, options: Options | None) -> dict[int, Any]:
     for bucket in card.buckets:
         if not (folder / f"b{bucket}.onnx").exists():
             raise FileNotFoundError(f"path: {folder / f'b{bucket}.onnx'} is missing beside its card")
-    return {b: open_session(folder / f"b{b}.onnx", providers, options) for b in card.buckets}
+    own = {b: {} if options is None else options(b) for b in card.buckets}
+    return {b: open_session(folder / f"b{b}.onnx", providers, own[b]) for b in card.buckets}
 
 
 def lacking(*packages: str) -> str | None:
