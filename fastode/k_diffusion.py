@@ -35,12 +35,12 @@ from fastode.solvers import SOLVERS
 
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("ddim", {}),
-    "euler_ancestral": ("ddim", {"eta": 1.0}),
     "heun": ("heun", {}),
     "dpm_2": ("dpm_solver_2", {}),
     "lms": ("lms", {}),
     "dpmpp_2s": ("dpm_solver_pp_s", {"order": 2}),
     "dpmpp_2m": ("dpm_solver_pp", {"order": 2, "lower_order_final": False}),
+    "dpmpp_2m_sde": ("sde_dpm_solver_pp", {"order": 2, "lower_order_final": False}),
 }
 """Name in k-diffusion -> our solver, and the defaults with which it is that function."""
 

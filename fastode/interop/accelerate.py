@@ -28,6 +28,8 @@ from fastode.schedules.grid import Level
 class _Network(nn.Module):
     """The pipeline's network as ``F(x, label, class_labels, **cond)``, without the channels of a learned variance."""
 
+    network: Any
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -231,7 +233,7 @@ def accelerate(
         raise ValueError(f"pipe: its {kind.network} is told the guidance scale as an embedding{other}")
     if (nfe is None) == (steps is None):
         raise ValueError("nfe: give nfe or steps" + (", not both" if nfe is not None else ""))
-    engine = {k: options.pop(k) for k in ("backend", "graph", "check_finite") if k in options}
+    engine: dict[str, Any] = {k: options.pop(k) for k in ("backend", "graph", "check_finite") if k in options}
     scheduler = FastODEScheduler.from_config(pipe.scheduler, solver=solver, **options)
     if nfe is not None:
         steps = _steps(scheduler, nfe)

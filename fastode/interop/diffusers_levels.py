@@ -28,11 +28,11 @@ Method = tuple[str, dict[str, Any]]
 def _multistep(c: Mapping[str, Any], steps: int) -> Method:
     rule = {"lower_order_final": bool(c["lower_order_final"]) and steps < 15} if "lower_order_final" in c else {}
     kind = str(c.get("algorithm_type", "dpmsolver++"))
-    if kind.startswith("sde-"):
-        raise ValueError(
-            f"algorithm_type: {kind!r} is a stochastic method; give solver= with the name of one (ddim with eta=1, say)"
-        )
     order = int(c["solver_order"])
+    if kind == "sde-dpmsolver++":
+        return "sde_dpm_solver_pp", {"order": order, "solver_type": c["solver_type"], **rule}
+    if kind.startswith("sde-"):
+        raise ValueError(f"algorithm_type: there is no {kind!r} here, only 'sde-dpmsolver++'; or give solver=")
     if c.get("euler_at_final") and c.get("final_sigmas_type") == "sigma_min" and order > 1:
         warnings.warn(
             "euler_at_final: the last step keeps its order here; lower_order_final lowers it", UserWarning, stacklevel=2
@@ -67,6 +67,11 @@ def _deis(c: Mapping[str, Any], steps: int) -> Method:
     return "deis", {"order": int(c["solver_order"]), "space": "lam", "lower_order_final": lower}
 
 
+def _ddpm(c: Mapping[str, Any], steps: int) -> Method:
+    kind = str(c.get("variance_type", "fixed_small")).removesuffix("_log")
+    return "ddpm", {"variance_type": kind if kind == "fixed_large" else "fixed_small"}
+
+
 def _fixed(name: str, **options: Any) -> Callable[[Mapping[str, Any], int], Method]:
     return lambda c, steps: (name, dict(options))
 
@@ -77,12 +82,12 @@ METHODS: dict[str, Callable[[Mapping[str, Any], int], Method]] = {
     "UniPCMultistepScheduler": _unipc,
     "DEISMultistepScheduler": _deis,
     "EulerDiscreteScheduler": _fixed("ddim"),
-    "EulerAncestralDiscreteScheduler": _fixed("ddim", eta=1.0),
+    "EulerAncestralDiscreteScheduler": _fixed("euler_ancestral"),
     "HeunDiscreteScheduler": _fixed("heun"),
     "KDPM2DiscreteScheduler": _fixed("dpm_solver_2"),
     "LMSDiscreteScheduler": _fixed("lms"),
     "DDIMScheduler": _fixed("ddim"),
-    "DDPMScheduler": _fixed("ddim", eta=1.0),
+    "DDPMScheduler": _ddpm,
     "PNDMScheduler": lambda c, steps: ("pndm", {"skip_prk_steps": bool(c["skip_prk_steps"])}),
     "EDMEulerScheduler": _fixed("ddim"),
     "EDMDPMSolverMultistepScheduler": _multistep,

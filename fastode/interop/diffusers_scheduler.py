@@ -94,7 +94,7 @@ class FastODEScheduler(SchedulerMixin, ConfigMixin):
     pipeline leaves it alone. State of a run belongs to its thread: pipelines in several threads may share one scheduler.
 
     Differs from diffusers where a table cannot follow: ``clip_sample`` of DDIM clips the estimate and the noise that goes with
-    it (its ``use_clipped_model_output=True``); a learned or "fixed_large" variance is not used; DPMSolverSinglestep's levels
+    it (its ``use_clipped_model_output=True``); a learned variance is not used; DPMSolverSinglestep's levels
     are whole steps here, so there are more evaluations; a last step that leads nowhere (to its own level) is not made, and
     UniPC's corrector not run there; FlowMatchHeun's trapezoid is in t, ours in sigma/alpha.
     """

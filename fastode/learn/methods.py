@@ -31,8 +31,6 @@ TRAINERS: dict[str, Callable[..., Artifact]] = {
     "d_ode": d_ode.train,
     "amed": amed.train,
     "v3": v3.train,
-    "ld3": ld3.train,
-    "table": table.train,
     "best": best.train,
 }
 

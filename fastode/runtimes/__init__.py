@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Denoiser:
     Raises ``FileNotFoundError``, or ``ValueError`` for folders that are damaged or of another version.
     """
     card = Card.read(Path(path) / "card.json")
-    made: Denoiser = _class("onnx" if card.runtime == "tensorrt" else card.runtime).load(path, **options).denoiser()
+    made: Denoiser = _class(card.runtime).load(path, **options).denoiser()
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from fastode.runtimes.base import Card, MissingError, Runtime, Source, export
 
 ORDER = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
 """Providers in the order in which they are preferred."""
+
+Options = Callable[[int], Mapping[str, Mapping[str, str]]]
+"""bucket -> provider -> its settings."""
 
 _KINDS = {"float32": "float32", "float16": "float16", "float64": "float64", "int64": "int64", "bfloat16": "bfloat16"}
 
@@ -44,7 +47,7 @@ class Onnx(Runtime):
         cond: Mapping[str, Tensor] | None = None,
         features: bool | None = None,
         providers: Sequence[str] | None = None,
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        provider_options: Options | None = None,
         progress: bool = False,
         name: str = "onnx",
     ) -> Onnx:
@@ -77,7 +80,7 @@ class Onnx(Runtime):
         path: str | os.PathLike[str],
         *,
         providers: Sequence[str] | None = None,
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        provider_options: Options | None = None,
     ) -> Onnx:
         """Open what :meth:`build` wrote, on the best of this machine's ``providers``."""
         need("onnxruntime")
@@ -186,21 +189,22 @@ def _unsupported(program: Any, error: BaseException) -> str:
     if found is None:
         return f"network: cannot be exported to ONNX: {first}"
     op = found.group(1).replace("::", ".")
-    for graph in (program.graph, program.run_decompositions().graph):  # it may be part of another operation
-        for node in graph.nodes:
-            stack = list((node.meta.get("nn_module_stack") or {}).values())
-            if node.op == "call_function" and str(node.target).startswith(op) and stack:
-                where, kind = stack[-1]
-                kind = kind if isinstance(kind, str) else kind.__name__
-                return f"network: ONNX has no operation for {op}, used in {where or 'network'} ({kind.split('.')[-1]})"
+    for node in program.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        # The operation may be what another one was decomposed into, under nearly the same name.
+        if node.op == "call_function" and op.split(".")[-1] in str(node.target) and stack:
+            where, kind = stack[-1]
+            kind = kind if isinstance(kind, str) else kind.__name__
+            return f"network: ONNX has no operation for {op}, used in {where or 'network'} ({kind.split('.')[-1]})"
     return f"network: ONNX has no operation for {op}"
 
 
-def _sessions(folder: Path, card: Card, providers: Any, options: Any) -> dict[int, Any]:
+def _sessions(folder: Path, card: Card, providers: Any, options: Options | None) -> dict[int, Any]:
     for bucket in card.buckets:
         if not (folder / f"b{bucket}.onnx").exists():
             raise FileNotFoundError(f"path: {folder / f'b{bucket}.onnx'} is missing beside its card")
-    return {b: open_session(folder / f"b{b}.onnx", providers, options) for b in card.buckets}
+    own = {b: {} if options is None else options(b) for b in card.buckets}
+    return {b: open_session(folder / f"b{b}.onnx", providers, own[b]) for b in card.buckets}
 
 
 def lacking(*packages: str) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastode.denoisers.base import Denoiser
 from fastode.files import write_json
 from fastode.runtimes.base import Card, MissingError, Runtime, Source
-from fastode.runtimes.onnx import ORDER, Onnx
+from fastode.runtimes.onnx import ORDER, Onnx, Options
 
 PROVIDER = ORDER[0]
 
@@ -50,8 +50,20 @@ def cache_key(card: Card, bucket: int) -> dict[str, Any]:
         "inputs": {name: [bucket, *shape] for name, shape in card.inputs.items()},
         "dtype": card.dtype,
         "device": device,
-        "versions": {k: card.versions[k] for k in sorted(card.versions) if k != "provider"},
+        "versions": {k: card.versions[k] for k in ("torch", "torch_tensorrt") if k in card.versions} | _installed(),
     }
+
+
+def _installed() -> dict[str, str]:
+    import importlib.metadata
+
+    found = {}
+    for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 class EngineCache:
@@ -99,7 +111,7 @@ class TensorRT(Onnx):
     """ONNX Runtime's TensorRT provider, with CUDA and the CPU behind it for what TensorRT cannot do."""
 
     @classmethod
-    def build(  # type: ignore[override]
+    def build(
         cls,
         denoiser: Denoiser,
         path: str | os.PathLike[str],
@@ -120,13 +132,30 @@ class TensorRT(Onnx):
                 raise MissingError(f"tensorrt: {reason}")
             providers = [PROVIDER, *ORDER[1:]]
         source = Source.of(denoiser, "tensorrt", batches, dtype=dtype, cond=options.get("cond"))
-        engines = EngineCache(cache or Path(path) / "engines")
-        folders = [engines.folder(cache_key(source.card, b)) for b in source.card.buckets]
-        settings = {PROVIDER: provider_settings(folders[0], source.card.dtype)}
         return super().build(
-            denoiser, path, batches=batches, dtype=dtype, providers=providers, provider_options=settings,
-            name="tensorrt", **options,
+            denoiser, path, batches=batches, dtype=dtype, providers=providers,
+            provider_options=_cached(cache or Path(path) / "engines", source.card), name="tensorrt", **options,
         )  # fmt: skip
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        providers: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Onnx:
+        """Open what :meth:`build` wrote with the engines of its cache; what is new on this machine is built into it."""
+        card = Card.read(Path(path) / "card.json")
+        settings = _cached(cache or Path(path) / "engines", card)
+        return super().load(path, providers=providers, provider_options=settings)
+
+
+def _cached(cache: str | os.PathLike[str], card: Card) -> Options:
+    """The settings of each bucket, with the folder of its own key."""
+    engines = EngineCache(cache)
+    return lambda bucket: {PROVIDER: provider_settings(engines.folder(cache_key(card, bucket)), card.dtype)}
 
 
 def provider_settings(folder: Path, dtype: str) -> dict[str, str]:
