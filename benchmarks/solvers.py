@@ -41,7 +41,9 @@ def main() -> None:
         replace(a.readme, "quality", section(*read(a.results / "compare.jsonl")))
     if a.docs is not None:
         compared = read(a.results / "compare.jsonl")
-        replace(a.docs, "measured", table(*compared, metrics=["rmse", "frechet", "accuracy", "recall"]).strip())
+        picture = "![Error to the converged sample by evaluations and by time](solvers.png)\n\n"
+        figures = table(*compared, metrics=["rmse", "frechet", "accuracy", "recall"]).strip()
+        replace(a.docs, "measured", picture + figures)
         replace(a.docs, "published", orderings(*read(a.results / "published.jsonl")))
 
 

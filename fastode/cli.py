@@ -1,4 +1,4 @@
-"""The command line: ``fastode sample | compare | solvers | train | convert | ...``. Each command is a file in commands/."""
+"""The command line: ``fastode <command>``. Each command is a file in commands/, listed in ``COMMANDS``."""
 
 from __future__ import annotations
 

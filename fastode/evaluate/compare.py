@@ -6,6 +6,7 @@ each other: whoever finishes the last block of a case sees all others in the fil
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -193,6 +194,9 @@ class Comparison:
                 for block in mine:
                     self._block(case, program, block, bar)
                 self._finish(case.name, program, way, case, tried, bar)
+        if self.world == 1:
+            with contextlib.suppress(OSError):  # not there, or not empty
+                self.out.with_suffix(".features").rmdir()
 
     def _work(self, mine: list[int]) -> int:
         """Evaluations of samples that are left to this process."""

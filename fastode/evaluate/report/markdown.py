@@ -24,9 +24,9 @@ def footer(header: Record, records: list[Record]) -> str:
     s, machine = header["settings"], header.get("machine", {})
     solution = next((r for r in records if r["kind"] == "solution"), {})
     text = (
-        f"{s['samples']:,} samples from the same seeds, network in {s['dtype']}; after ± the standard error from {s['blocks']} "
-        f"blocks of seeds. Each solver on the levels that gave the least error on {s['screen']} samples. Converged: "
-        f"{solution.get('steps')} steps; halving them changes it by {solution.get('change', 0):.2g}."
+        f"{s['samples']:,} samples from the same seeds, network in {s['dtype']}; standard errors, from {s['blocks']} blocks of "
+        f"seeds, are in the file of results. Each solver on the levels that gave the least error on {s['screen']} samples. "
+        f"Converged: {solution.get('steps')} steps; halving the step changes it by {solution.get('change', 0):.2g}."
     )
     if solution.get("frechet_floor") is not None:
         text += f" {s['samples']:,} perfect samples would get a Fréchet distance of {solution['frechet_floor']:.3g}."
