@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fastode.files import whole, write_json, write_tensors
 
-
 ROWS = ("loss", "mean", "spread")
 
 
