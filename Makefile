@@ -55,8 +55,14 @@ test: $(VENV)/.stamp-test  ## all tests; ARGS="-k name" chooses
 bench: $(VENV)/.stamp-bench  ## all benchmarks
 	@$(PY) -m benchmarks.run $(ARGS)
 
-results: $(VENV)/.stamp-test  ## the README's table and pictures, measured anew
-	@$(PY) -m benchmarks.quality --nfe 5 --samples 1000 --screen 50 --dtype bfloat16 --readme README.md
+RESULTS := --model mnist --nfe 3-10 --dtype bfloat16 --compile --screen 16
+results: $(VENV)/.stamp-test  ## the README's and docs' tables, pages and pictures, measured anew (an hour on two cores)
+	@$(VENV)/bin/fastode compare $(RESULTS) --samples 2000 --solvers $$($(PY) -m benchmarks.solvers --list solved) \
+	    --out benchmarks/results/compare.jsonl $(ARGS)
+	@$(VENV)/bin/fastode compare $(RESULTS) --samples 2000 --solvers $$($(PY) -m benchmarks.solvers --list published) \
+	    --out benchmarks/results/published.jsonl $(ARGS)
+	@$(PY) -m benchmarks.solvers --readme README.md --docs docs/solvers.md
+	@cp benchmarks/results/compare-rmse.png docs/solvers.png
 	@$(VENV)/bin/fastode demo --out docs
 
 lint: $(VENV)/.stamp-dev  ## ruff and clang-format, changing nothing

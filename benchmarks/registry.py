@@ -85,6 +85,8 @@ def _cases() -> tuple[Case, ...]:
         Case("dpmpp_sde"),
         Case("sa_solver"),
         Case("lcm"),
+        Case("restart"),
+        Case("sampler_scheduler"),
     )
 
 

@@ -2,8 +2,9 @@
 
 The engine's whole call against the loop of the diffusers pipelines (``EDMDPMSolverMultistepScheduler`` on the same levels
 with the same network, ``set_timesteps`` not counted) and against nothing but the five calls of the network, taken in
-turns. In float32 both must give the same sample, or nothing is timed. On a GPU also as one CUDA graph, against five
-replays of the network recorded as a graph; there the network is in bfloat16 unless asked otherwise.
+turns; and AMED-Solver in five evaluations where the network offers a feature map. In float32 engine and pipeline must give
+the same sample, or nothing is timed. On a GPU also as one CUDA graph, against five replays of the network recorded as a
+graph; there the network is in bfloat16 unless asked otherwise.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from benchmarks.registry import (
     target,
 )
 from fastode import SOLVERS, Denoiser, Engine
+from fastode.denoisers import Condition
+from fastode.nets.predictor import AMEDPredictor
 from fastode.nets.unet import parameter_count
 from fastode.program import Program
-from fastode.schedules import EDM, karras
+from fastode.schedules import EDM, karras, time_uniform
 
 NFE = 5
 
@@ -63,6 +66,20 @@ class Pipeline:
 def program_of() -> Program:
     """The same levels: Karras sigmas from 80 to 0.002, then 0, with a first-order step to 0."""
     return SOLVERS["dpm_solver_pp"](karras(EDM(), NFE, final="zero"), order=2, lower_order_final=False)
+
+
+def amed_of(denoiser: Denoiser, shape: tuple[int, ...]) -> Program | None:
+    """AMED-Solver in five evaluations with the predictor that looks at the network's feature map, or None where there is
+    none. Untrained: what it costs does not depend on its numbers."""
+    if not denoiser.features:
+        return None
+    x = torch.zeros((1, *shape[1:]), device=denoiser.device)
+    _, made = denoiser.raw_and_features(
+        x.to(denoiser.dtype or x.dtype), denoiser.c_noise(0.0, x), Condition(), None, ("bottleneck",)
+    )
+    torch.manual_seed(0)
+    predictor = AMEDPredictor(made["bottleneck"][0, 0].numel(), scale_time=0.1).requires_grad_(False)
+    return SOLVERS["amed"](time_uniform(EDM(), 3), afs=True, predictor=predictor.to(denoiser.device))
 
 
 def recorded(call: Callable[[], Tensor]) -> Callable[[], Any]:
@@ -109,6 +126,10 @@ def one(
     runs: dict[str, Callable[[], Any]] = {"engine": lambda: engine(x, **given), "network": bare}
     before: dict[str, Callable[[], None]] = {}
     with torch.no_grad():
+        learned = amed_of(denoiser, shape)
+        if learned is not None:
+            amed = Engine(learned, denoiser, shape, graph=False)
+            runs["amed"] = lambda: amed(x, **given)
         if diffusers is not None:
             peer = Pipeline(diffusers, denoiser, labels, device)
             theirs = x.to(dtype)
@@ -120,6 +141,10 @@ def one(
             out = torch.empty(shape, device=device)
             captured.warmup(x=x, out=out, **given)
             runs["captured"] = lambda: captured(x, out=out, **given)
+            if learned is not None:
+                captured_amed = Engine(learned, denoiser, shape, graph=True)
+                captured_amed.warmup(x=x, out=out, **given)
+                runs["captured_amed"] = lambda: captured_amed(x, out=out, **given)
             one_call = recorded(lambda: network(levels[0]))
 
             def replays() -> None:
@@ -148,6 +173,10 @@ def one(
             if b in ms:
                 row["ratios"][f"{a} / {b}"] = significant(ms[a]["median"] / ms[b]["median"])
                 row["ratios_of_best"][f"{a} / {b}"] = significant(ms[a]["best"] / ms[b]["best"])
+    for a, b in (("amed", "engine"), ("captured_amed", "captured")):
+        if a in ms:
+            row["ratios"][f"{a} / {b}"] = significant(ms[a]["median"] / ms[b]["median"])
+            row["ratios_of_best"][f"{a} / {b}"] = significant(ms[a]["best"] / ms[b]["best"])
     if device == "cuda":
         row["engine_ms"] = ms["captured"]["median"]
         row["report"] = captured.report()
@@ -185,6 +214,10 @@ def measure(
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
+        pair = "captured_amed / captured" if row["device"] == "cuda" else "amed / engine"
+        if row["network"] == "mnist" and pair in row["ratios"]:
+            name = f"{row['id']}: AMED over DPM-Solver++(2M), {NFE} evaluations each"
+            found.append(target(name, row["ratios"][pair], 1.03, at_most=True))
         if row["network"] != "mnist" or row["device"] != "cuda" or row["dtype"] == "float32":
             continue
         ratios = row["ratios"]
@@ -198,7 +231,11 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> str:
-    names = [n for n in ("captured", "engine", "network", "network_replayed", "diffusers") if _any(result, n)]
+    names = [
+        n
+        for n in ("captured", "captured_amed", "engine", "amed", "network", "network_replayed", "diffusers")
+        if _any(result, n)
+    ]
     pairs = sorted({pair for r in result["rows"] for pair in r["ratios"]})
     columns = ("network", "dtype", "batch", *(f"{n}, ms" for n in names), *pairs)
     rows = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from fastode.schedules.noise import schedule_from_dict, schedule_to_dict
 from fastode.solvers import SOLVERS, plugin
 from fastode.solvers.d_ode import d_ode
 from fastode.solvers.dc import dc
+from fastode.solvers.dpm_solver_v3 import Statistics, dpm_solver_v3
+from fastode.solvers.table import LearnedTable, retold
 
 FORMAT = "fastode-artifact-1"
 
@@ -79,6 +82,14 @@ class Artifact:
                     f"solver: this {self.method} artifact was learned for {name} = {_short(learned)} "
                     f"({self.model.get('name', 'a model')}), {denoiser.name} has {_short(here.get(name))}"
                 )
+        weight = self.card.get("largest_weight")
+        if weight is not None and denoiser.dtype is not None and weight * torch.finfo(denoiser.dtype).eps > 0.25:
+            warnings.warn(
+                f"solver: this {self.method} artifact multiplies network outputs by up to {weight:.3g}, too much for their "
+                f"rounding in {denoiser.dtype}; use a wider network dtype, a lower order, or more steps",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file with the card in its header; it appears whole or not at all."""
@@ -144,8 +155,15 @@ def weights_hash(network: Any) -> str | None:
 
 
 def _grid(artifact: Artifact) -> Program:
-    """A learned placement of levels: the base solver on it."""
-    return SOLVERS[artifact.solver](artifact.grid, **artifact.options)
+    """A learned placement of levels: the base solver on it, with levels told to the network where they were learned too."""
+    program = SOLVERS[artifact.solver](artifact.grid, **artifact.options)
+    return retold(program, artifact.numbers["told"]) if "told" in artifact.numbers else program
+
+
+def _table(artifact: Artifact) -> Program:
+    """A learned table, played as it is; the base solver is where it started."""
+    table = LearnedTable.of_tensors(artifact.numbers)
+    return table.program(artifact.grid, name=f"{artifact.solver} table", options=artifact.options)
 
 
 def _amed(artifact: Artifact) -> Program:
@@ -167,11 +185,18 @@ def _d_ode(artifact: Artifact) -> Program:
     return d_ode(SOLVERS[artifact.solver], artifact.grid, artifact.numbers["lambdas"].tolist(), **artifact.options)
 
 
+def _v3(artifact: Artifact) -> Program:
+    """DPM-Solver-v3 with the statistics that the numbers are."""
+    return dpm_solver_v3(artifact.grid, Statistics(**artifact.numbers), **artifact.options)
+
+
 METHODS: dict[str, Callable[[Artifact], Program]] = {
     "grid": _grid,
     "amed": _amed,
     "dc": _dc,
     "d_ode": _d_ode,
+    "dpm_solver_v3": _v3,
+    "table": _table,
 }
 """How the numbers of each method become a program."""
 

@@ -1,4 +1,4 @@
-"""The command line: ``fastode sample | solvers | describe | train | convert | demo | info``, each a file in commands/."""
+"""The command line: ``fastode sample | compare | solvers | train | convert | ...``. Each command is a file in commands/."""
 
 from __future__ import annotations
 

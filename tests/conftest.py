@@ -17,6 +17,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("dpm_solver_2", {}),
     ("dpm_solver_2", {"r": 0.3}),
     ("dpm_solver_3", {}),
+    ("dpm_solver_3", {"lower_order_final": True}),
     *[("dpm_solver_pp", {"order": o, "prediction": m}) for o in (1, 2, 3) for m in ("x0", "eps")],
     ("dpm_solver_pp", {"order": 3, "solver_type": "heun", "lower_order_final": False}),
     ("dpm_solver_pp", {"order": 3, "exact": True}),
@@ -58,6 +59,11 @@ VARIANTS: list[tuple[str, dict]] = [
     ("sa_solver", {"corrector_order": 1, "exact": True, "lower_order_final": False}),
     ("lcm", {}),
     ("lcm", {"sigma_min": 0.001}),
+    ("restart", {}),  # with intervals: tests/test_restart.py, since those must fit the grid
+    ("restart", {"base": "dpm_solver_2(r=0.4)"}),
+    ("sampler_scheduler", {}),
+    ("sampler_scheduler", {"plan": "heun-dpmpp2m-euler"}),
+    ("sampler_scheduler", {"plan": "euler*1/2 + dpmpp_2m(lower_order_final=false)*1/2", "history": "keep"}),
 ]
 """Every solver with every option that changes its formula."""
 

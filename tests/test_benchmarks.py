@@ -84,3 +84,12 @@ def test_gpu_refuses_without_a_device(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_tables() -> None:
     assert table(("a", "b"), [("x", None)]).splitlines()[-1] == "| x | - |"
+
+
+def test_runtime_calls_are_timed_in_turns() -> None:
+    from benchmarks import runtimes
+
+    made = {"eager": runtimes.built(runtimes.tiny(), "eager", 2, Path())}
+    (row,) = runtimes._calls(made, 2, 0.0, None, 2)
+    assert row["us_median"] > 0 and row["times_faster"] == 1.0 and row["error"] == 0.0
+    assert "| call | eager |" in runtimes.show({"rows": [row], "absent": {}})

@@ -25,8 +25,6 @@ from fastode.evaluate.results import Results, cases, parts, read
 from fastode.schedules import EDM, karras
 from tests import tiny_model
 
-pytest.importorskip("scipy")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

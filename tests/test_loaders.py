@@ -121,6 +121,10 @@ def test_edm_bad_pickles(tmp_path):
         ValueError, match=r"lacks \d+ tensors \(enc\.16x16_block1\.norm0\.weight, .*, which the network needs"
     ):
         edm.load(path)
+    for wrong in ({"img_resolution": "x"}, {"num_blocks": None}, {"sigma_data": [1]}):
+        edm_pickle(path, network, **wrong)
+        with pytest.raises(ValueError, match="pickle: a was made with arguments that are not EDM's"):
+            edm.load(path)
     network.extra = nn.Linear(2, 2)
     edm_pickle(path, network)
     with pytest.raises(ValueError, match=r"has 2 tensors \(extra\.weight, extra\.bias\), which belong nowhere"):
@@ -207,7 +211,7 @@ def test_adm_architecture_of_a_published_size():
     assert sum(v.numel() for v in tensors.values()) == 553_838_086
     read = adm.read_architecture(tensors, "x")
     assert read == {k: v for k, v in vars(config).items() if k in read}
-    half = ADMConfig(512, 3, 6, 256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), 1000, num_head_channels=64)
+    half = ADMConfig(512, 3, 6, 64, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), 1000, num_head_channels=64)
     with torch.device("meta"):
         assert adm.read_architecture(ADMUNet(half).state_dict(), "x")["channel_mult"] == (0.5, 1, 1, 2, 2, 4, 4)
 
@@ -406,3 +410,37 @@ def test_cases_are_all_loaded():
     """Every tiny network above comes from some format here."""
     seen = {c for _, c in PRECONDS} | set(ADM_OPTIONS) | {"score-sde ddpmpp", "score-sde ncsnpp", "score-sde skip"}
     assert set(CASES) - seen == {"score-sde ddpm"}
+
+
+def test_amed_s_recipe_from_an_edm_pickle(tmp_path):
+    """AMED's published settings for CIFAR-10 in one command, on a small network of the same kind as that of the paper."""
+    pickled = edm_pickle(tmp_path / "edm-cifar10-32x32-uncond-vp.pkl", build_uncond(), "EDMPrecond")
+    out = tmp_path / "cifar10-amed-5.safetensors"
+    recipe = ["-o", "afs=true", "--set", "predictor=features", "--set", "loss=steps"]
+    small = ["--set", "images=2", "--set", "batch=2", "--samples", "2", "--held-out", "0"]
+    command = ["train", "solver", "amed", "--model", f"edm:{pickled}", "--nfe", "5", *recipe, *small, "--device", "cpu"]
+    assert main([*command, "--out", str(out)]) == 0
+    artifact = fastode.Artifact.load(out)
+    levels = [float(s) for s in artifact.grid.sigma]
+    assert artifact.nfe == 5 and artifact.options["afs"] is True
+    expected = [80, 6.950235, 1.286669, 0.002]  # the card's levels for N = 4; the last is the official float32's +0.7%
+    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(levels, expected, strict=True))
+    settings = artifact.card["settings"]
+    chosen = {k: settings[k] for k in ("scale_dir", "scale_time", "lr", "start", "teacher_solver", "intermediate")}
+    assert chosen == {
+        "scale_dir": 0.01, "scale_time": 0.0, "lr": 5e-3, "start": "teacher", "teacher_solver": "heun", "intermediate": 1
+    }  # fmt: skip
+    d = load(f"edm:{pickled}")
+    samples = fastode.sample(d, seeds=[0, 1], solver=artifact)
+    untrained = fastode.sample(d, seeds=[0, 1], solver="dpm_solver_2", grid=artifact.grid, afs=True)
+    assert samples.shape == (2, 3, 8, 8) and relative(samples, untrained) > 1e-4
+
+
+def build_uncond():
+    from fastode.nets.song import SongConfig, SongUNet
+    from tests.network_cases import SONG, fill
+
+    tiny = {"img_resolution": 8, "model_channels": 8, "channel_mult": (1,), "attn_resolutions": (), "augment_dim": 9}
+    network = SongUNet(SongConfig(**{**SONG, **tiny}))
+    fill(network)
+    return network.eval()

@@ -198,8 +198,10 @@ SLOTS = {  # state-sized buffers besides the network's input and output, for a n
     "sde_dpm_solver_pp": 1,
     "dpmpp_3m_sde": 2,
     "dpmpp_sde": 1,
-    "sa_solver": 3,
+    "sa_solver": 2,
     "lcm": 0,
+    "restart": 1,
+    "sampler_scheduler": 1,
 }
 
 

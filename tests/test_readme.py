@@ -31,7 +31,7 @@ def test_every_solver_has_a_row():
 def test_buffers_of_the_table(name, cells):
     grid = karras(EDM(), 9)
     text = cells[4]
-    orders = {"dpm_solver_pp": (1, 2, 3), "dpm_solver_pp_s": (2, 3), "unipc": (1, 2, 3)}
+    orders = {"dpm_solver_pp": (1, 2, 3), "dpm_solver_pp_s": (2, 3), "unipc": (1, 2, 3), "sde_dpm_solver_pp": (1, 2, 3)}
     options = (
         [{"order": o} for o in orders.get(name, (1, 2, 3, 4))] if "order" in fastode.SOLVERS[name].options else [{}]
     )

@@ -20,6 +20,7 @@ from fastode.program.trace import Trace
 from fastode.scalar import exp
 from fastode.schedules import EDM, karras
 from fastode.solvers import SOLVERS
+from fastode.solvers.dpm_solver_v3 import Statistics, dpm_solver_v3
 from tests.conftest import VARIANTS, make_grid, relative, start, variant_id
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -212,6 +213,22 @@ def test_per_element_weights(late):
         call = {"guidance": True, "guidance_scale": scale, "class_labels": [0, 1, 2]} if late else {}
         a, b = both(program, denoiser, **call)
         assert relative(a, b) < SAME32
+
+
+def test_tables_per_element_of_dpm_solver_v3():
+    """Weights, factors and constants [*sample], per element and per channel."""
+    grid = karras(EDM(), 5)
+    lam = torch.linspace(-grid.sigmas[0].log(), -grid.sigmas[-1].log(), 61, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    for shape in (SHAPE[1:], (SHAPE[1], 1, 1)):
+        v = 0.3 + torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        l = 1 / (1 + v * torch.exp(2 * lam))  # noqa: E741
+        table = Statistics(lam.flatten(), l, -0.3 * v * torch.tanh(lam), 0.1 * l * (1 - l))
+        program = dpm_solver_v3(grid, table, order=2)
+        denoiser = Denoiser(network, "edm")
+        x = start(grid, SHAPE).to(DEVICE, torch.float32)
+        made = Engine(program, denoiser, SHAPE, "triton", device=DEVICE)(x)
+        truth = Engine(program, denoiser, SHAPE, "reference", device=DEVICE, dtype=torch.float64)(x.double())
+        assert relative(made.double(), truth) < SAME32 * max(1.0, program.options["largest_weight"])
 
 
 def test_new_numbers_are_written_into_the_same_table():

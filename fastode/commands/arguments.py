@@ -86,14 +86,9 @@ def numbers(name: str, text: str) -> list[int]:
 
 
 def option(text: str) -> tuple[str, Any]:
+    from fastode.solvers.spec import value_of
+
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"option: must be NAME=VALUE, got {text!r}")
-    if value.lower() in ("true", "false"):
-        return name, value.lower() == "true"
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
+    return name, value_of(value)

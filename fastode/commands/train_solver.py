@@ -69,6 +69,8 @@ def run(a: argparse.Namespace) -> None:
     if a.solver is not None:
         own["solver"] = a.solver
     options = dict(option(text) for text in a.option)
+    if a.samples is not None:
+        own["samples"] = a.samples
     artifact = train(
         denoiser,
         nfe=a.nfe,
@@ -86,6 +88,10 @@ def run(a: argparse.Namespace) -> None:
         return  # under torchrun the first process reports
     card = artifact.card
     print(f"method   {a.method}: {artifact.method} on {artifact.solver}, {artifact.nfe} evaluations")
+    if "tried" in card and a.method == "best":
+        from fastode.learn.best import table
+
+        print(table(artifact))
     print(f"cost     {card.get('seconds', 0):.1f} s, {card.get('evaluations', 0):,} evaluations, "
           f"peak memory {card.get('peak_memory_bytes', 0) / 2**20:.0f} MiB")  # fmt: skip
     if a.held_out:

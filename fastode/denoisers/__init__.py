@@ -2,6 +2,7 @@
 
 from fastode.denoisers.analytic import Empirical, Gaussian, GaussianMixture
 from fastode.denoisers.base import Condition, Denoiser
+from fastode.denoisers.controlled import classifier_guided, mixed
 from fastode.denoisers.guidance import Guidance
 from fastode.denoisers.nonlinear import Clip, DynamicThreshold, clipped, thresholded
 
@@ -14,6 +15,8 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "Guidance",
+    "classifier_guided",
     "clipped",
+    "mixed",
     "thresholded",
 ]

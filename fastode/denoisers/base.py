@@ -100,6 +100,13 @@ class Denoiser:
             raise TypeError(f"denoiser: must be a Denoiser or a callable D(x, sigma), got {type(denoiser).__name__}")
         return cls(denoiser, prediction="denoised", name=getattr(denoiser, "__name__", type(denoiser).__name__))
 
+    @classmethod
+    def from_diffusers(cls, source: Any, **options: Any) -> Denoiser:
+        """A pipeline or model of diffusers, loaded or by its folder or name; see :func:`fastode.interop.diffusers.load`."""
+        from fastode.interop.diffusers import load
+
+        return load(source, **options)
+
     @property
     def dtype(self) -> torch.dtype | None:
         """The network's dtype; None for callables without parameters, which take the state's."""

@@ -87,13 +87,16 @@ def plan(
 def _programs(spec: Spec, nfe: int, denoiser: Denoiser, grids: Sequence[str]) -> tuple[Program, ...]:
     solver = SOLVERS[spec.solver]
     assert denoiser.schedule is not None
-    programs: dict[tuple[float, ...], Program] = {}
-    for name in [spec.grid] if spec.grid is not None else [None, *grids]:
-        try:
-            grid, options = solver.plan(nfe, grid_maker(solver, denoiser.schedule, name), **spec.options)
-        except ValueError:
-            if not programs:  # the usual placement, or the one that was asked for
-                raise
+    usual, options = solver.plan(nfe, grid_maker(solver, denoiser.schedule, spec.grid), **spec.options)
+    programs = {tuple(usual.sigmas.tolist()): solver(usual, **options)}
+    for name in grids if spec.grid is None else ():
+        try:  # the same number of steps makes as many evaluations on other levels: planned once, compiled once
+            grid = grid_maker(solver, denoiser.schedule, name)(steps=usual.steps, final=solver.final)
+        except (ValueError, TypeError):
             continue  # a placement that this schedule has not
-        programs.setdefault(tuple(grid.sigmas.tolist()), solver(grid, **options))
+        key = tuple(grid.sigmas.tolist())
+        if key not in programs:
+            program = solver(grid, **options)
+            if program.nfe == nfe:
+                programs[key] = program
     return tuple(programs.values())

@@ -156,6 +156,7 @@ class Comparison:
             rank=rank,
         )
         self._truth: dict[int, Tensor] = {}
+        self._engine: Engine | None = None
         self._warn()
 
     def _check_samples(self) -> None:
@@ -332,8 +333,7 @@ class Comparison:
 
     def _draw(self, program: Program, seeds: Sequence[int], batch: int) -> tuple[Tensor, float]:
         """Samples of ``seeds`` on the CPU, and the seconds they took."""
-        guided = self.settings.guidance_scale is not None
-        engine = Engine(program, self.denoiser, (batch, *self.shape), self.backend, guidance=guided, check_finite=True)
+        engine = self._engine_of(program, batch)
         parts, rows = [], list(seeds)
         _wait(engine)
         started = time.perf_counter()
@@ -344,8 +344,19 @@ class Comparison:
             parts.append(made[: len(part)].cpu())
         _wait(engine)
         seconds = time.perf_counter() - started
-        engine.close()
-        return torch.cat(parts).float(), seconds
+        samples = torch.cat(parts).float()
+        if not bool(torch.isfinite(samples).all()):  # on a GPU the engine does not look
+            raise NonFiniteError(f"{program.name}: the samples have NaN or Inf")
+        return samples, seconds
+
+    def _engine_of(self, program: Program, batch: int) -> Engine:
+        """One engine for all blocks of a case."""
+        if self._engine is None or self._engine.program is not program or self._engine.shape[0] != batch:
+            if self._engine is not None:
+                self._engine.close()
+            guided = self.settings.guidance_scale is not None
+            self._engine = Engine(program, self.denoiser, (batch, *self.shape), self.backend, guidance=guided)
+        return self._engine
 
     def _of_set(self, name: str, block: int, samples: Tensor) -> dict[str, Any]:
         """Class accuracy; the features go to a file beside the results until the case is complete."""

@@ -49,27 +49,26 @@ class Manifold:
             raise ValueError(f"samples: {x.shape[1]} features, the reference has {self.features.shape[1]}")
         across = torch.cdist(x, self.features)  # [N, M]
         within = torch.cdist(x, x).fill_diagonal_(float("inf"))
-        every = torch.ones(len(x), dtype=torch.bool)
-        found: dict[str, Any] = dict(zip(MEASURES, self._measures(across, within, every), strict=True))
+        inside = (across <= self.radius).any(1).double()  # of a sample alone, whatever the others are
+        held = across <= self.wide_radius
+        count = held.sum(1).double() / self.wide_k
+
+        def measures(kept: Tensor | slice) -> tuple[float, float, float, float]:
+            radius = within[kept][:, kept].kthvalue(self.k, dim=1).values
+            recall = (across[kept] <= radius[:, None]).any(0).double().mean()
+            coverage = held[kept].any(0).double().mean()
+            return float(inside[kept].mean()), float(recall), float(count[kept].mean()), float(coverage)
+
+        found: dict[str, Any] = dict(zip(MEASURES, measures(slice(None)), strict=True))
         if blocks is not None and len(blocks) > 1:
             left_out = []
             for start, size in zip(torch.tensor([0, *blocks]).cumsum(0), blocks, strict=False):
-                kept = every.clone()
-                kept[start : start + size] = False
-                left_out.append(self._measures(across, within, kept))
+                every = torch.ones(len(x), dtype=torch.bool)
+                every[start : start + size] = False
+                left_out.append(measures(every))
             for name, values in zip(MEASURES, zip(*left_out, strict=True), strict=True):
                 found[f"{name}_se"] = jackknife(values)
         return found
-
-    def _measures(self, across: Tensor, within: Tensor, kept: Tensor) -> tuple[float, float, float, float]:
-        across, within = across[kept], within[kept][:, kept]
-        radius = within.kthvalue(self.k, dim=1).values
-        held = across <= self.wide_radius
-        precision = (across <= self.radius).any(1).double().mean()
-        recall = (across <= radius[:, None]).any(0).double().mean()
-        density = held.sum(1).double().mean() / self.wide_k
-        coverage = held.any(0).double().mean()
-        return float(precision), float(recall), float(density), float(coverage)
 
 
 def _check(features: Tensor, k: int) -> Tensor:

@@ -57,8 +57,8 @@ def pooled(
         ("cosine", "cosine", lambda v: v),
         ("accuracy", "accuracy", lambda v: v),
     ):
-        values = [b.get(source) for b in blocks]
-        if name not in metrics or any(v is None for v in values):
+        values = [float(b[source]) for b in blocks if b.get(source) is not None]
+        if name not in metrics or len(values) < len(blocks):
             continue
         out[name], out[f"{name}_se"] = _mean(values, sizes, finish)
     if reference is not None and "frechet" in metrics and features:

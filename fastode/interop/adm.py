@@ -82,7 +82,9 @@ def of(
         label_scale=1000.0 if consistency else 1.0,
         **read_architecture(tensors, name),
     )
-    flat = {k: v.flatten(2) if re.search(r"\.(qkv|proj_out)\.weight$", k) else v for k, v in tensors.items()}
+    flat = {  # two-dimensional convolutions of one position are one-dimensional ones
+        k: v[..., 0] if v.ndim == 4 and re.search(r"\.(qkv|proj_out)\.weight$", k) else v for k, v in tensors.items()
+    }
     network = fit(ADMUNet(config), flat, where=name)
     return Denoiser(
         network,
@@ -117,9 +119,9 @@ def read_architecture(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any
         first = [1 + level * (blocks + 1) for level in range(levels)]  # of each level in the encoder
         widths = [tensors[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0] for i in first]
         film = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0]
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"weights: {name} is not a state dict of guided diffusion's UNetModel (no {error})") from error
-    mults = [w / channels for w in widths]
+        mults = [w / channels for w in widths]
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"weights: {name} is not a state dict of guided diffusion's UNetModel ({error})") from error
     resized_by_conv = any(re.fullmatch(r"output_blocks\.\d+\.[12]\.conv\.weight", key) for key in tensors)
     return {
         "in_channels": in_channels,

@@ -12,9 +12,10 @@ import math
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ try:
 except ImportError as error:
     raise ImportError("FastODEScheduler needs diffusers: pip install 'fastode[diffusers]'") from error
 
-from fastode.denoisers.nonlinear import DynamicThreshold
+from fastode.denoisers.nonlinear import Clip, DynamicThreshold
 from fastode.interop import diffusers_levels
 from fastode.interop.diffusers_levels import METHODS, Levels
 from fastode.interop.stages import Stages
@@ -77,7 +78,7 @@ class _Run:
         self.exact: Tensor | None = None
 
 
-class FastODEScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc] # as diffusers' own
+class FastODEScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler of diffusers that runs a solver of ``SOLVERS``.
 
     Args:
@@ -98,7 +99,7 @@ class FastODEScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc] # as 
     UniPC's corrector not run there; FlowMatchHeun's trapezoid is in t, ours in sigma/alpha.
     """
 
-    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 (as diffusers' own)
     default_levels = "DPMSolverMultistepScheduler"
 
     def __init__(
@@ -378,14 +379,19 @@ class FastODEScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc] # as 
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input: the state itself ("vp", "flow"), in unit variance ("ve"), or times c_in ("edm")."""
-        frame = diffusers_levels.frame_of(self.config["levels"], self.config)
-        if frame in ("vp", "flow"):
+        if diffusers_levels.frame_of(self.config["levels"], self.config) in ("vp", "flow"):
             return sample
         run = self._run
         apart = run is None or (run.index is None and run.begin is None and float(timestep) not in run.plan.labels)
         level = self._level(timestep) if apart else self._due(timestep)[1]
-        data = float(self.config["sigma_data"]) if frame == "edm" else 1.0
-        return sample * (1 / math.hypot(level.rho, data))
+        return sample * self._input_scale(level)
+
+    def _input_scale(self, level: Level) -> float:
+        """c_in."""
+        frame = diffusers_levels.frame_of(self.config["levels"], self.config)
+        if frame in ("vp", "flow"):
+            return 1.0
+        return 1 / math.hypot(level.rho, float(self.config["sigma_data"]) if frame == "edm" else 1.0)
 
     def step(
         self,
@@ -435,13 +441,19 @@ class FastODEScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc] # as 
         """E[x_0 | x] from the network's output, in the frame of the state."""
         c_skip, c_out = self._scaling(level)
         d = output * c_out if c_skip == 0 else torch.add(x * c_skip, output, alpha=c_out)
+        for transform in self._transforms():
+            d = transform(d)
+        return d
+
+    def _transforms(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """What the config does to the denoised estimate."""
         config = self.config
         if config.get("thresholding"):
-            return _threshold(d, config["dynamic_thresholding_ratio"], config["sample_max_value"])
+            return (partial(_threshold, ratio=config["dynamic_thresholding_ratio"], limit=config["sample_max_value"]),)
         if config.get("clip_sample"):
             limit = float(config["clip_sample_range"])
-            return d.clamp(-limit, limit)
-        return d
+            return (Clip(-limit, limit),)
+        return ()
 
     def _scaling(self, level: Level) -> tuple[float, float]:
         """(c_skip, c_out): x_0 = c_skip x + c_out F."""

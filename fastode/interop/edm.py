@@ -65,6 +65,13 @@ def of(data: Any, *, name: str = "edm", key: str = "ema") -> Denoiser:
     if not isinstance(data, Object) or data.class_name not in PRECONDS:
         found = data.class_name if isinstance(data, Object) else type(data).__name__
         raise ValueError(f"pickle: {name} holds a {found}; known are {', '.join(PRECONDS)}")
+    try:
+        return _denoiser(data, name)
+    except (TypeError, AttributeError, OverflowError, ArithmeticError) as error:
+        raise ValueError(f"pickle: {name} was made with arguments that are not EDM's ({error})") from error
+
+
+def _denoiser(data: Object, name: str) -> Denoiser:
     own, rest = _arguments(data)
     model_type = rest.pop("model_type", PRECONDS[data.class_name].model_type)
     if model_type not in NETWORKS:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastode.artifact import Artifact
-from fastode.learn import amed, d_ode, dc, gits, steps
+from fastode.learn import amed, best, d_ode, dc, gits, ld3, steps, table, v3
 
 TRAINERS: dict[str, Callable[..., Artifact]] = {
     "steps": steps.train,
@@ -28,6 +28,10 @@ TRAINERS: dict[str, Callable[..., Artifact]] = {
     "dc": dc.train,
     "d_ode": d_ode.train,
     "amed": amed.train,
+    "v3": v3.train,
+    "ld3": ld3.train,
+    "table": table.train,
+    "best": best.train,
 }
 
 COMMON = frozenset(

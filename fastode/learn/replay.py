@@ -26,10 +26,11 @@ Evaluate = Callable[[Tensor, Level], Tensor]
 
 class Evaluator:
     """D(x, level) of the teacher's model for the trajectories of ``seeds``, in the dtype of x, in the teacher's batches, with
-    gradients. Adds to the teacher's count of evaluations. Raises ``FloatingPointError`` where D is not finite."""
+    gradients. Adds to the teacher's count of evaluations. Raises ``FloatingPointError`` where D is not finite (not with
+    ``check=False``: under torch.func nothing can be looked at)."""
 
-    def __init__(self, teacher: Teacher, seeds: Tensor) -> None:
-        self.teacher, self.seeds = teacher, seeds
+    def __init__(self, teacher: Teacher, seeds: Tensor, *, check: bool = True) -> None:
+        self.teacher, self.seeds, self.check = teacher, seeds, check
         scale = teacher.guidance_scale
         self._known: dict[Late, Any] = {} if scale is None else {GUIDANCE_SCALE: float(scale)}
         d, guidance = teacher.denoiser, teacher.guidance
@@ -48,7 +49,7 @@ class Evaluator:
             ]
         )
         self.teacher.evaluations += len(x)
-        if not bool(torch.isfinite(made).all()):
+        if self.check and not bool(torch.isfinite(made).all()):
             raise FloatingPointError(f"network: returned NaN or infinity at sigma {float(level.rho):.6g}")
         return made
 

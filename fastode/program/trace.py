@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastode.program.bind import Bind
 from fastode.program.form import ONE, Atom, Form
 from fastode.program.program import Program, Stage, Table
 from fastode.scalar import Late
 from fastode.schedules.grid import Grid, Level
+
+
+class Past(NamedTuple):
+    """An evaluation at a grid level: the level, the state there, its denoised estimate, and how many draws came before."""
+
+    level: Level
+    state: Form
+    denoised: Form
+    draws: int
 
 
 class Trace:
@@ -35,6 +44,7 @@ class Trace:
         self._made: dict[int, int] = {0: -2}  # value -> stage that writes it; the start precedes init (-1)
         self._points: list[tuple[int, Level, int, tuple[str, ...]]] = []
         self._states: dict[int, int] = {0: 0}
+        self._evaluated: list[Past] = []
         self._draws = 0
         self._step = 0
         self._binds: list[Bind] = []
@@ -52,16 +62,31 @@ class Trace:
         self._draws += 1
         return Form({Atom("noise", self._draws - 1): 1.0})
 
+    def past(self, count: int, *, quiet: bool = False) -> list[Past]:
+        """Up to ``count`` evaluations at earlier grid levels, newest first, that a multistep formula may start with.
+
+        None at the start of a run. A formula that continues another one's run finds the other's (Sampler Scheduler).
+        ``quiet``: only those since the last draw, after which earlier noise predictions are about noise that is gone.
+        """
+        return []
+
     def denoise(self, x: Form, level: Level) -> Form:
-        """E[x_0 | x] at ``level``: one evaluation. ``x`` must be a state of that level's frame, alpha x_0 + sigma n."""
+        """E[x_0 | x] at ``level``: one evaluation. ``x`` must be a state of that level's frame, alpha x_0 + sigma n.
+
+        A learned table may tell the network another level than the state's own (AMED's and EPD's time factors): that level
+        is given here, sets c_skip .. c_noise, and the program is declared ``consistent = False``.
+        """
         if self._afs and not self._points:
             self._afs = False
             size = (level.alpha**2 + level.sigma**2) ** 0.5
             # x/alpha - (sigma/alpha) x/size = x alpha / (size (size + sigma)): the difference without cancellation.
             return x * (level.alpha / (size * (size + level.sigma)))
-        index = len(self._points)
-        self._points.append((self._value(x), level, self._step, ("denoised",)))
-        return Form({Atom("output", index, "denoised"): 1.0})
+        index, value = len(self._points), self._value(x)
+        self._points.append((value, level, self._step, ("denoised",)))
+        denoised = Form({Atom("output", index, "denoised"): 1.0})
+        if level.index is not None and self._states.get(level.index) == value:
+            self._evaluated.append(Past(level, x, denoised, self._draws))
+        return denoised
 
     def bind(
         self,

@@ -9,9 +9,12 @@ from fastode.solvers.ddim import ddim
 from fastode.solvers.dpm_solver import dpm_solver_2, dpm_solver_3, dpm_solver_pp_s
 from fastode.solvers.dpm_solver_pp import dpm_solver_pp
 from fastode.solvers.heun import edm, heun
+from fastode.solvers.langevin import pc
 from fastode.solvers.lcm import lcm
 from fastode.solvers.pndm import pndm
+from fastode.solvers.restart import with_restarts
 from fastode.solvers.sa_solver import sa_solver
+from fastode.solvers.sampler_scheduler import segments
 from fastode.solvers.sde_dpm_solver_pp import dpmpp_3m_sde, dpmpp_sde, sde_dpm_solver_pp
 from fastode.solvers.solver import Solver, SolverTable
 from fastode.solvers.unipc import unipc
@@ -41,6 +44,8 @@ SOLVERS: SolverTable = SolverTable(
         "dpmpp_sde": Solver("dpmpp_sde", dpmpp_sde, final="zero"),
         "sa_solver": Solver("sa_solver", sa_solver),
         "lcm": Solver("lcm", lcm, final="zero"),
+        "restart": Solver("restart", with_restarts, final="zero"),
+        "sampler_scheduler": Solver("sampler_scheduler", segments, final="zero"),
     },
     aliases={
         "euler": "ddim",
@@ -60,4 +65,4 @@ SOLVERS: SolverTable = SolverTable(
     },
 )
 
-__all__ = ["SOLVERS", "Solver", "plugin"]
+__all__ = ["SOLVERS", "Solver", "pc", "plugin"]

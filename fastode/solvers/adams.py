@@ -11,7 +11,6 @@ from fastode.schedules.grid import Level
 from fastode.schedules.spacing import diffusion_time
 from fastode.solvers.coefficients import (
     ADAMS_BASHFORTH,
-    History,
     check_choice,
     check_order,
     combine,
@@ -19,6 +18,7 @@ from fastode.solvers.coefficients import (
     eps_of,
     exp_moments,
     functional_weights,
+    history_of,
     power_moments,
     settle,
     time_weights,
@@ -36,7 +36,7 @@ def multistep(
     Orders build up from 1. With ``finite_nodes`` a level at alpha = 0, where rho is infinite, is left out of the stencil;
     the step from such a level is the first-order step.
     """
-    x, history, steps = p.start(), History(order), p.grid.steps
+    x, history, steps = p.start(), history_of(p, order, data=False), p.grid.steps
     for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)
         history.push(s, p.keep(eps_of(x, d, s)) if order > 1 else eps_of(x, d, s))

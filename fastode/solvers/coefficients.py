@@ -187,6 +187,17 @@ def settle(p: Trace, history: History, x: Form, d: Form, s: Level, *, data: bool
     return used if data else denoised_of(x, used, s)
 
 
+def history_of(p: Trace, size: int, *, data: bool) -> History:
+    """The history that a multistep formula starts with: empty, or the evaluations that the run has made before it.
+
+    ``data``: it holds denoised estimates; otherwise noise predictions.
+    """
+    history = History(size)
+    for level, x, d, _ in reversed(p.past(size - 1, quiet=not data)):
+        history.push(level, d if data else p.keep(eps_of(x, d, level)))
+    return history
+
+
 def check_order(order: int, allowed: Sequence[int], solver: str) -> int:
     if isinstance(order, bool) or order not in allowed:
         raise ValueError(f"order: {solver} has orders {', '.join(map(str, allowed))}, got {order!r}")

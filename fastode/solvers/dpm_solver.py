@@ -29,12 +29,21 @@ def dpm_solver_2(p: Trace, *, r: float = 0.5) -> Form:
     return x
 
 
-def dpm_solver_3(p: Trace, *, r1: float = 1 / 3, r2: float = 2 / 3) -> Form:
-    """DPM-Solver-3 (arXiv:2206.00927, Algorithm 5): order 3, NFE 3 per step, step size in lam, noise prediction."""
+def dpm_solver_3(p: Trace, *, r1: float = 1 / 3, r2: float = 2 / 3, lower_order_final: bool = False) -> Form:
+    """DPM-Solver-3 (arXiv:2206.00927, Algorithm 5): order 3, NFE 3 per step, step size in lam, noise prediction.
+
+    ``lower_order_final``: the last two steps are DPM-Solver-2 and DDIM, as in DPM-Solver-fast.
+    """
     _check_nodes(r1, r2)
-    x = p.start()
-    for _, s, t in p.grid.windows():
-        x = p.land(third_order(p, x, s, t, r1, r2, data=False), t)
+    x, steps = p.start(), p.grid.steps
+    for i, (_, s, t) in enumerate(p.grid.windows()):
+        order = min(3, steps - i) if lower_order_final else 3
+        if order == 3:
+            x = p.land(third_order(p, x, s, t, r1, r2, data=False), t)
+        elif order == 2:
+            x = p.land(second_order(p, x, s, t, 0.5, data=False), t)
+        else:
+            x = p.land(ddim_step(x, p.denoise(x, s), s, t), t)
     return x
 
 

@@ -15,6 +15,7 @@ from fastode.solvers.coefficients import (
     exp_moment,
     exp_moments,
     functional_weights,
+    history_of,
     is_first_order,
     settle,
 )
@@ -47,7 +48,7 @@ def dpm_solver_pp(
     check_choice("prediction", prediction, ("x0", "eps"))
     check_choice("solver_type", solver_type, ("midpoint", "heun"))
     data = prediction == "x0"
-    x, history, steps = p.start(), History(order), p.grid.steps
+    x, history, steps = p.start(), history_of(p, order, data=data), p.grid.steps
     for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)
         history.push(s, d if data or order == 1 else p.keep(eps_of(x, d, s)))

@@ -14,6 +14,7 @@ from fastode.solvers.coefficients import (
     combine,
     exp_moments,
     functional_weights,
+    history_of,
     is_first_order,
 )
 from fastode.solvers.stochastic import check_s_noise, ornstein_uhlenbeck, renoised
@@ -52,7 +53,8 @@ def sa_solver(
     if not 0 <= s_tmin <= s_tmax:
         raise ValueError(f"s_tmin, s_tmax: need 0 <= s_tmin <= s_tmax, got {s_tmin} and {s_tmax}")
     check_s_noise(p, s_noise, used=tau > 0)
-    x, history, steps = p.start(), History(max(predictor_order, corrector_order)), p.grid.steps
+    x, steps = p.start(), p.grid.steps
+    history = history_of(p, max(predictor_order, corrector_order), data=True)
     previous: tuple[Form, Form, Level, float, int] | None = (
         None  # state, fresh noise, level, eta, order of its corrector
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastode.program import Form, Trace
 from fastode.scalar import sqrt
 from fastode.schedules.grid import Level
-from fastode.solvers.coefficients import History, check_choice, check_order, check_unit, ddim_step, is_first_order
+from fastode.solvers.coefficients import check_choice, check_order, check_unit, ddim_step, history_of, is_first_order
 from fastode.solvers.dpm_solver_pp import exponential_step, published_step
 from fastode.solvers.stochastic import ancestral, check_noise, ornstein_uhlenbeck, renoised
 
@@ -36,7 +36,7 @@ def sde_dpm_solver_pp(
     check_order(order, (1, 2, 3), "sde_dpm_solver_pp")
     check_choice("solver_type", solver_type, ("midpoint", "heun"))
     check_noise(p, eta, s_noise)
-    x, history, steps = p.start(), History(order), p.grid.steps
+    x, history, steps = p.start(), history_of(p, order, data=True), p.grid.steps
     for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)
         history.push(s, d)

@@ -78,21 +78,32 @@ class Solver:
         if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
             raise ValueError(f"nfe: must be a whole number of at least 1, got {nfe!r}")
         possible: set[int] = set()
+        misfit: GridError | None = None
         tries: list[dict[str, Any]] = [{}] if "afs" in options else [{}, {"afs": True}]
         for extra in tries:
             for steps in range(1, nfe + 2):
                 grid = make_grid(steps=steps, final=self.final)
-                made = self(grid, **options, **extra).nfe
+                try:
+                    made = self(grid, **options, **extra).nfe
+                except GridError as error:
+                    misfit = error
+                    continue
                 if made == nfe:
                     return grid, {**options, **extra}
                 possible.add(made)
                 if made > nfe:
                     break
+        if not possible and misfit is not None:
+            raise ValueError(f"nfe: {self.name} cannot make exactly {nfe} evaluations: {misfit}")
         near = sorted(possible - {0}, key=lambda n: (abs(n - nfe), n))[:3]
         raise ValueError(
             f"nfe: {self.name} cannot make exactly {nfe} evaluations{' with ' + str(options) if options else ''}; "
             f"it can make {', '.join(map(str, sorted(near)))}"
         )
+
+
+class GridError(ValueError):
+    """This solver cannot run on this grid, though it may on another: an interval outside of it, parts that do not meet."""
 
 
 class SolverTable(Mapping[str, Solver]):

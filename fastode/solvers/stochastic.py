@@ -22,8 +22,10 @@ def ancestral(s: Level, t: Level, eta: float) -> tuple[Any, Any]:
     if eta == 0:
         return t.sigma, 0.0
     ratio = 0.0 if s.is_noise else t.rho / s.rho
-    up = eta * t.sigma * sqrt(1 - ratio**2)
-    return sqrt(t.sigma**2 - up**2), up
+    if eta == 1:  # also without the square root of zero, which has no derivative
+        return t.sigma * ratio, t.sigma * sqrt((1 - ratio) * (1 + ratio))
+    down = sqrt((1 - eta) * (1 + eta) + (eta * ratio) ** 2)  # not sqrt(1 - up^2): a long step would cancel
+    return t.sigma * down, eta * t.sigma * sqrt((1 - ratio) * (1 + ratio))
 
 
 def ornstein_uhlenbeck(s: Level, t: Level, eta: float) -> tuple[Any, Any]:

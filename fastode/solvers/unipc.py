@@ -18,6 +18,7 @@ from fastode.solvers.coefficients import (
     eps_of,
     exp_moment,
     functional_weights,
+    history_of,
     is_first_order,
     settle,
 )
@@ -54,7 +55,7 @@ def unipc(
     if any(isinstance(i, bool) or not isinstance(i, int) for i in disable_corrector):
         raise ValueError(f"disable_corrector: must be whole numbers, the steps, got {disable_corrector!r}")
     data, bh2 = prediction == "x0", variant == "bh2"
-    x, history, steps = p.start(), History(order + 1), p.grid.steps
+    x, history, steps = p.start(), history_of(p, order + 1, data=data), p.grid.steps
     previous: tuple[Form, Level, int] | None = None  # corrected state, its level, order of the step taken from it
     for i, (_, s, t) in enumerate(p.grid.windows()):
         d = p.denoise(x, s)

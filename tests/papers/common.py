@@ -51,4 +51,5 @@ def ancestral_split(rho_s: float, rho_t: float, eta: float) -> tuple[float, floa
         rho_up = min(rho_t, eta * rho_t)  # the limit of the line below
     else:
         rho_up = min(rho_t, eta * math.sqrt(rho_t**2 * (rho_s**2 - rho_t**2) / rho_s**2))
-    return math.sqrt(rho_t**2 - rho_up**2), rho_up
+    # rho_t^2 - rho_up^2 without the cancellation of a long step
+    return rho_t * math.sqrt((1 - eta) * (1 + eta) + (0.0 if math.isinf(rho_s) else (eta * rho_t / rho_s) ** 2)), rho_up

@@ -24,6 +24,7 @@ def sample(
     sigmas: Levels,
     r1: float = 1 / 3,
     r2: float = 2 / 3,
+    lower_order_final: bool = False,
     between: Between = between_lam,
 ) -> np.ndarray:
     for i in range(len(alphas) - 1):
@@ -34,6 +35,16 @@ def sample(
             x = ddim_step(x, x0, alpha_s, sigma_s, alpha_t, sigma_t)
             continue
         h = lam(alpha_t, sigma_t) - lam(alpha_s, sigma_s)
+        left = len(alphas) - 1 - i
+        if lower_order_final and left <= 2:  # DPM-Solver-2 with r = 1/2, then DDIM
+            x_t = ddim_step(x, x0, alpha_s, sigma_s, alpha_t, sigma_t)
+            if left == 2:
+                alpha_1, sigma_1 = between(alpha_s, sigma_s, alpha_t, sigma_t, 0.5)
+                x_1 = ddim_step(x, x0, alpha_s, sigma_s, alpha_1, sigma_1)
+                eps_1 = eps_from_x0(x_1, denoise(x_1, alpha_1, sigma_1), alpha_1, sigma_1)
+                x_t = alpha_t / alpha_s * x - sigma_t * math.expm1(h) * eps_1
+            x = x_t
+            continue
         eps_s = eps_from_x0(x, x0, alpha_s, sigma_s)
 
         alpha_1, sigma_1 = between(alpha_s, sigma_s, alpha_t, sigma_t, r1)
