@@ -81,7 +81,6 @@ def run(a: argparse.Namespace) -> None:
         teacher=teacher,
         save=lambda found: found.save(out),
         minutes=minutes,
-        **({} if a.samples is None else {"samples": a.samples}),
         **own,
     )
     if int(os.environ.get("RANK", "0")):
