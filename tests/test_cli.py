@@ -218,7 +218,8 @@ def test_solvers_lists_all_and_how_they_make_an_nfe(capsys):
     """Every line "5 evaluations: ..." is true: the steps and options it names make a program of that many."""
     run("solvers", "--nfe", 5)
     text = capsys.readouterr().out
-    blocks = re.split(r"\n(?=\S)", text.strip())
+    *blocks, learned = re.split(r"\n(?=\S)", text.strip())
+    assert learned == "learned, for the bundled models: " + ", ".join(models.bundled_solvers())
     assert [re.split(r"\s", b)[0] for b in blocks] == list(SOLVERS)
     made = 0
     for block, (name, solver) in zip(blocks, SOLVERS.items(), strict=True):

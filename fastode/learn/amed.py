@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fastode.artifact import Artifact
 from fastode.learn.amed_plan import Distance, Plan, between, distance_of, placed, plan_of, student
 from fastode.learn.calibration import Calibration, Save, teacher_of
-from fastode.learn.checkpoint import Checkpoint
+from fastode.learn.checkpoint import Checkpoint, Curves
 from fastode.learn.levels import Levels
 from fastode.learn.parallel import Ranks
 from fastode.learn.teacher import Teacher, Trajectories, training_seeds
@@ -161,15 +161,6 @@ def train(
     return run.best
 
 
-@dataclass
-class Curves:
-    """One row per batch: the loss of each step, and mean and spread of each number of each step."""
-
-    loss: list[list[float]] = field(default_factory=list)
-    mean: list[list[float]] = field(default_factory=list)
-    spread: list[list[float]] = field(default_factory=list)
-
-
 class _Live:
     """The predictor as one step's program sees it: numbers of earlier steps are those that were used, without a gradient."""
 
@@ -217,7 +208,7 @@ class _Trainer:
         if min(self.sizes) < self.ranks.size:
             raise ValueError(f"batch: {self.ranks.size} processes cannot share a batch of {min(self.sizes)}")
         self.seeds = seeds
-        self.curves = Curves()
+        self.curves = Curves([f"{name} {i + 1}" for i in range(grid.steps) for name in predictor.heads])
         self.done = 0
         self.start_program = self.player()
         self._first: dict[tuple[int, int, int], Evaluation] = {}  # (batch, part, step) -> of a state that never changes

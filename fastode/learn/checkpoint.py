@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastode.files import whole, write_json, write_tensors
+
+ROWS = ("loss", "mean", "spread")
+
+
+@dataclass
+class Curves:
+    """One row per batch: the loss of each step, and mean and spread of each of the learned numbers ``names``."""
+
+    names: list[str] = field(default_factory=list)
+    loss: list[list[float]] = field(default_factory=list)
+    mean: list[list[float]] = field(default_factory=list)
+    spread: list[list[float]] = field(default_factory=list)
 
 
 class Checkpoint:
@@ -27,7 +39,7 @@ class Checkpoint:
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings, default=str))
         self._saved = time.monotonic()
 
-    def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer, curves: Any) -> int:
+    def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer, curves: Curves) -> int:
         """Load what is there into the arguments; the batches done, 0 if there is nothing."""
         card, tensors = self.folder / "checkpoint.json", self.folder / "checkpoint.safetensors"
         if not tensors.exists():
@@ -51,13 +63,13 @@ class Checkpoint:
                 state.setdefault(int(index), {})[name] = value
         if state:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        for name in vars(curves):
+        for name in ROWS:
             if f"curve.{name}" in kept:
                 getattr(curves, name)[:] = kept[f"curve.{name}"].tolist()
         return int(kept["done"])
 
     def save(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, curves: Any, done: int, *, every: float = 0.0
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, curves: Curves, done: int, *, every: float = 0.0
     ) -> None:
         """Write the run and ``curves.png``; not if the last time is less than ``every`` seconds ago."""
         if time.monotonic() - self._saved < every:
@@ -67,19 +79,22 @@ class Checkpoint:
         tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
-        tensors |= {f"curve.{k}": torch.tensor(v, dtype=torch.float64) for k, v in vars(curves).items() if v}
+        tensors |= {
+            f"curve.{k}": torch.tensor(getattr(curves, k), dtype=torch.float64) for k in ROWS if getattr(curves, k)
+        }
         tensors["done"] = torch.tensor(done)
         write_json(self.folder / "checkpoint.json", {"settings": self.settings})
         write_tensors(self.folder / "checkpoint.safetensors", tensors)
-        plot(self.folder / "curves.png", curves.loss, curves.mean)
+        plot(self.folder / "curves.png", curves)
 
 
-def plot(path: Path, loss: Sequence[Sequence[float]], numbers: Sequence[Sequence[float]]) -> None:
+def plot(path: Path, curves: Curves) -> None:
     """Losses and learned numbers against batches, as a PNG; skipped without matplotlib (extra ``[plot]``)."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
+    loss = curves.loss
     if not loss:
         return
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -88,7 +103,8 @@ def plot(path: Path, loss: Sequence[Sequence[float]], numbers: Sequence[Sequence
     left.set(xlabel="batch", ylabel="loss", yscale="log")
     if len(loss[0]) > 1:
         left.legend(fontsize="small")
-    right.plot(numbers, linewidth=1)
+    right.plot(curves.mean, linewidth=1, label=curves.names)
+    right.legend(fontsize="x-small", ncols=2)
     right.set(xlabel="batch", ylabel="learned numbers, mean")
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
