@@ -36,15 +36,15 @@ class OneHot(nn.Module):
 
 def edm_fields(net: Any) -> dict[str, Any]:
     """The arguments of :class:`Denoiser` that ``net`` itself tells. Its noise range is cut to 0.002 .. 80, as EDM's sampler
-    does."""
+    does. Guidance needs a network that was trained without labels too (``label_dropout`` > 0)."""
     low, high = max(0.002, float(net.sigma_min)), min(80.0, float(net.sigma_max))
-    classes = int(net.label_dim)
+    classes, dropout = int(net.label_dim), getattr(getattr(net, "model", None), "label_dropout", 0)
     return {
         "network": OneHot(net),
         "prediction": "denoised",
         "schedule": EDM(low, high) if low < high < math.inf else EDM(),
         "num_classes": classes,
-        "null_label": classes or None,
+        "null_label": classes if classes and dropout else None,
         "sample_shape": (int(net.img_channels), int(net.img_resolution), int(net.img_resolution)),
         "name": type(net).__name__,
     }
