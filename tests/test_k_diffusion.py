@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,6 +234,7 @@ class EDMPrecond(nn.Module):
     def __init__(self, label_dim: int = 3) -> None:
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = 4, 2, label_dim
+        self.model = SimpleNamespace(label_dropout=0.1)  # trained without labels too, so guidance has a meaning
         self.sigma_min, self.sigma_max = 0.0, float("inf")
         self.weight = nn.Parameter(torch.tensor([0.1, -0.2, 0.4]))
 
@@ -266,6 +268,9 @@ def test_edm_network_unwrapped() -> None:
     free = fastode.sample(net, x, solver="edm", grid=s)
     zero = fastode.sample(net, x, solver="edm", grid=s, class_labels=labels, guidance_scale=0.0)
     assert relative(zero, free) < 1e-6
+    net.model.label_dropout = 0
+    with pytest.raises(ValueError, match="has no unconditional input"):
+        fastode.sample(net, x, solver="edm", grid=s, class_labels=labels, guidance_scale=2.0)
     with pytest.raises(ValueError, match="class_labels"):
         fastode.sample(EDMPrecond(0), x, solver="edm", grid=s, class_labels=labels)
 
