@@ -281,6 +281,17 @@ def test_tables_beat_their_solver(teacher, solver):
     assert artifact.card["error"]["rmse"] <= artifact.card["uniform"]["rmse"]
 
 
+def test_where_learning_starts(teacher, tmp_path):
+    """A grid by name, as levels, or another artifact's: calibrations compose."""
+    grid, path = karras(EDM(), 3), str(tmp_path / "grid.safetensors")
+    Artifact("grid", "ddim", grid).save(path)
+    for given in ("karras", grid, path):
+        made, options, error = ld3.started(teacher, "ddim", 3, {}, given, training_seeds(2))
+        assert torch.equal(made.sigmas, grid.sigmas) and options == {} and error is None
+    with pytest.raises(ValueError, match="grid: must be one of"):
+        ld3.started(teacher, "ddim", 3, {}, "none", training_seeds(2))
+
+
 def test_learned_grids_beat_uniform_ones(teacher, tmp_path):
     artifact = ld3.train(
         MODEL, solver="dpm_solver_pp", nfe=5, samples=64, teacher=teacher, steps=30, batch=64, progress=False

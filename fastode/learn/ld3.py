@@ -92,7 +92,7 @@ def train(
     save: Save | None = None,
     progress: bool = True,
     minutes: float = math.inf,
-    grid: Grid | None = None,
+    grid: Grid | str | None = None,
     told: bool = True,
     steps: int = 150,
     batch: int = 16,
@@ -103,7 +103,8 @@ def train(
 ) -> Artifact:
     """A grid, and with ``told`` the levels told to the network, learned by gradient through ``solver``.
 
-    Starts from ``grid`` (default: the solver's best uniform placement, by trajectories) and takes ``steps`` Adam steps of
+    Starts from ``grid`` (levels, a name, or an artifact's file;
+    default: the solver's best uniform placement) and takes ``steps`` Adam steps of
     ``batch`` of the ``samples`` trajectories. The state with the smallest error on all of them is kept, so the result is
     never worse there than the start: a few numbers against thousands of pixels are not what overfits. ``radius``: the
     paper's soft teacher forcing; its value is 0.001 d / NFE^2 for samples of d elements, which serves perceptual losses;
@@ -144,13 +145,17 @@ def train(
 
 
 def started(
-    teacher: Teacher, solver: str, nfe: int, options: Mapping[str, Any] | None, grid: Grid | None, seeds: Tensor
+    teacher: Teacher, solver: str, nfe: int, options: Mapping[str, Any] | None, grid: Grid | str | None, seeds: Tensor
 ) -> tuple[Grid, dict[str, Any], Error | None]:
-    """The grid and options that learning starts from: as given, or the solver's best uniform placement and its error."""
+    """The grid and options that learning starts from: as given, that of an artifact, a placement by name, or the solver's
+    best uniform placement with its error on ``seeds``."""
     if grid is None:
         return best_uniform(teacher, solver, nfe, options, seeds)
+    if isinstance(grid, str) and not grid.endswith(".safetensors"):
+        return (*planned(teacher.denoiser, solver, nfe, options, grid), None)
+    levels = Artifact.load(grid).grid if isinstance(grid, str) else grid
     _, chosen = planned(teacher.denoiser, solver, nfe, options)
-    made = SOLVERS[solver](grid, **chosen).nfe
+    made = SOLVERS[solver](levels, **chosen).nfe
     if made != nfe:
         raise ValueError(f"grid: {solver} makes {made} evaluations on it, not {nfe}")
-    return grid, chosen, None
+    return levels, chosen, None

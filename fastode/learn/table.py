@@ -220,7 +220,7 @@ def train(
     save: Save | None = None,
     progress: bool = True,
     minutes: float = math.inf,
-    grid: Grid | None = None,
+    grid: Grid | str | None = None,
     form: Literal["full", "gs", "general", "s4s", "weights", "told"] = "full",
     memory: int | None = None,
     fitted: bool = True,
@@ -238,7 +238,8 @@ def train(
     levels; "general" all but the grid; "s4s" the weights of outputs and told levels; "weights" only weights; "told" only
     told levels. ``memory``: outputs a row may read. ``fitted``: begin with the row-by-row regression (all rows, or only
     the last where that is better), with this ``ridge``; ``steps=0`` ends there, and the calibration then needs no
-    gradient at all. Starts on ``grid`` (default: the solver's best uniform placement). The state with the smallest error
+    gradient at all. Starts on ``grid`` (levels, a name, or an artifact's file;
+    default: the solver's best uniform placement). The state with the smallest error
     on the ``samples`` trajectories is kept.
     """
     if form not in FORMS:
