@@ -284,9 +284,9 @@ def test_draws_of_another_shape(backend):
                 d, x_(), solver="ddim", eta=1.0, grid=GRID, noise=[torch.zeros(3, 5), bad, bad], backend=backend
             )
         assert d.calls == 0  # a list is there before the run; a function is asked at the stage where it is needed
-        draws = [torch.zeros(3, 5), bad, bad]
+        ask = [torch.zeros(3, 5), bad, bad].__getitem__
         with pytest.raises(error, match=f"^{message}"):
-            fastode.sample(d, x_(), solver="ddim", eta=1.0, grid=GRID, noise=draws.__getitem__, backend=backend)
+            fastode.sample(d, x_(), solver="ddim", eta=1.0, grid=GRID, noise=ask, backend=backend)
         assert d.calls <= 2
 
 
