@@ -50,9 +50,10 @@ def moments(
 ) -> Moments:
     """Average over K images ``data`` [K, *sample], the same on every level of ``lam``, with fresh noise on each.
 
-    ``evaluate(rows)`` gives D(y, level) for those rows of ``data``. Per level and sample: two Jacobian-vector products and
-    one evaluation. ``derivative``: "forward" (torch.func.jvp), "double_backward", "finite_difference" (central, five
-    evaluations in all), or "auto": the first that works, with a warning that names what did not. ``tick(level)`` after each.
+    ``evaluate(rows)`` gives D(y, level) for those rows of ``data``. Per level and sample: two Jacobian-vector products, each
+    of which evaluates as well. ``derivative``: "forward" (torch.func.jvp), "double_backward", "finite_difference" (central,
+    six evaluations in all), or "auto": the first that works, with a warning that names what did not. ``tick(level)`` after
+    each.
     Raises ``FloatingPointError`` naming the level where a mean is not finite.
     """
     check_choice("derivative", derivative, ("auto", *DERIVATIVES))

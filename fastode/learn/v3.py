@@ -85,7 +85,7 @@ def train(
     ``choose="measured"`` takes, of the settings published for one model or another and (without ``grid``) of uniform lam and
     uniform time, what has the smallest error on 64 training noises.
 
-    Cost: ``levels`` x ``samples`` x (an evaluation and two Jacobian-vector products), about 5 evaluations each. Published:
+    Cost: ``levels`` x ``samples`` x two Jacobian-vector products, each about 3 evaluations. Published:
     1200 x 1024 (EDM, below 10 steps), 120 x 4096 (10 and more), 1200 x 4096 (ScoreSDE), 120 x 1024 (latent), 250 x 1024 (Stable
     Diffusion). 120 x 64 is enough to see the method work on small images. Raises ``ValueError`` naming the argument.
     """
