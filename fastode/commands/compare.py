@@ -24,7 +24,8 @@ def add(commands: Any) -> None:
         nargs="+",
         default=["unipc", "dpm_solver_pp", "ipndm_v", "deis", "ddim"],
         metavar="SOLVER",
-        help="names, NAME:OPTION=VALUE,..., NAME@GRID, or .safetensors of learned solvers; `all` for all of `fastode solvers`",
+        help="names, NAME:OPTION=VALUE,..., NAME@GRID, MODEL/NAME or the .safetensors of learned solvers; `all` for all "
+        "of `fastode solvers`",
     )
     p.add_argument("--nfe", default="3-10", help="numbers of evaluations: 3-10, or 5,8 (default %(default)s)")
     p.add_argument("--samples", type=int, default=1000, help="per case (default %(default)s)")
@@ -86,18 +87,28 @@ def run(a: argparse.Namespace) -> None:
 
 
 def spec(text: str) -> Any:
-    """``unipc``, ``unipc:order=2,variant=bh1``, ``unipc@karras``, or the .safetensors of a learned solver.
+    """``unipc``, ``unipc:order=2,variant=bh1``, ``unipc@karras``, the .safetensors of a learned solver, or a bundled one with
+    all its numbers of evaluations: ``mnist/amed``.
 
     Raises ``ValueError`` or ``TypeError`` naming the solver, option or grid that is not known.
     """
     from fastode.artifact import Artifact
     from fastode.evaluate.cases import Spec
+    from fastode.models import bundled_solvers, load_solver
     from fastode.schedules.spacing import GRIDS
     from fastode.solvers import SOLVERS
 
     if text.endswith(".safetensors"):
         artifact = Artifact.load(text)
-        return Spec(Path(text).stem, artifact.solver, dict(artifact.options), None, artifact)
+        return Spec(Path(text).stem, artifact.solver, dict(artifact.options), None, (artifact,))
+    model, _, learned = text.partition("/")
+    if learned:
+        known = [n.rpartition("-")[2] for n in bundled_solvers(model) if n.rpartition("-")[0] == text]
+        if not known:
+            names = sorted({n.rpartition("-")[0] for n in bundled_solvers()})
+            raise ValueError(f"solvers: no bundled solver {text!r}; there is {', '.join(names) or 'none'}")
+        family = tuple(load_solver(model, learned, nfe=int(n)) for n in known)
+        return Spec(text, family[0].solver, dict(family[0].options), None, family)
     name, _, grid = text.partition("@")
     name, _, rest = name.partition(":")
     solver = SOLVERS[name]

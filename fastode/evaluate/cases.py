@@ -19,14 +19,14 @@ CANDIDATES = ("karras", "log_snr", "time_uniform", "quadratic")
 
 @dataclass(frozen=True)
 class Spec:
-    """A solver that is compared: ``text`` names it in tables. ``grid`` fixes the placement of levels; ``artifact`` is a
-    learned solver, which brings its own."""
+    """A solver that is compared: ``text`` names it in tables. ``grid`` fixes the placement of levels; ``artifacts`` are one
+    learned solver at several numbers of evaluations, each with its own."""
 
     text: str
     solver: str
     options: dict[str, Any] = field(default_factory=dict)
     grid: str | None = None
-    artifact: Artifact | None = None
+    artifacts: tuple[Artifact, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ def plan(
 ) -> tuple[list[Case], list[str]]:
     """All cases, the cheapest first, and why some are missing (a solver that cannot make that many evaluations).
 
-    A learned solver has the evaluations it was trained for, and appears once. Raises ``ValueError`` where two entries have
-    one name, a grid is unknown, or nothing is left to compare.
+    A learned solver has the evaluations it was trained for; one alone appears whatever ``nfes`` are. Raises ``ValueError``
+    where two entries have one name, a grid is unknown, or nothing is left to compare.
     """
     texts = [spec.text for spec in specs]
     twice = sorted({t for t in texts if texts.count(t) > 1})
@@ -65,10 +65,12 @@ def plan(
     found: list[Case] = []
     missing: list[str] = []
     for spec in specs:
-        if spec.artifact is not None:
-            spec.artifact.check(denoiser, guidance_scale=guidance_scale)
-            program = spec.artifact.program()
-            found.append(Case(f"{spec.text}@{program.nfe}", spec.text, program.nfe, (program,)))
+        for artifact in spec.artifacts:
+            artifact.check(denoiser, guidance_scale=guidance_scale)
+            program = artifact.program()
+            if len(spec.artifacts) == 1 or program.nfe in nfes:
+                found.append(Case(f"{spec.text}@{program.nfe}", spec.text, program.nfe, (program,)))
+        if spec.artifacts:
             continue
         for nfe in dict.fromkeys(nfes):
             try:
