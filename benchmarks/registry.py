@@ -76,6 +76,7 @@ def _cases() -> tuple[Case, ...]:
         Case("ipndm"),
         Case("ipndm_v"),
         Case("edm"),
+        Case("amed"),
         Case("euler_ancestral"),
         Case("dpm_2_ancestral"),
         Case("dpmpp_2s_ancestral"),

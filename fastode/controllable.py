@@ -43,8 +43,6 @@ def inpaint(
         raise ValueError(f"mask: must have the shape of a sample {list(y.shape[1:])}, got {list(given.shape)}")
     settings = {"corrector": "langevin", **options}
     program = pc(grid, mask=given, **settings)
-    if backend == "auto" and settings["corrector"] == "langevin" and settings.get("norm", "sample") == "sample":
-        backend = "torch"  # a step size per sample times a mask per element: the fused kernels take one or the other
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     engine = Engine(program, base, tuple(y.shape), backend, dtype=dtype)
     keys = check_seeds(range(len(y)) if seeds is None else seeds, len(y))

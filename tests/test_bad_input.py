@@ -482,13 +482,13 @@ CARDS = {
     "no format": ({"format": None}, "model: .* is not a card of format 'fastode-denoiser-1'"),
     "another format": ({"format": "fastode-denoiser-9"}, "model: .* is not a card of format"),
     "no config": ({"config": None}, "weights: .* does not fit its card .*config"),
-    "unknown field": ({"config": {"depth": 3}}, "weights: .* does not fit its card .*unknown U-Net fields .*depth"),
+    "unknown field": ({"config": {"depth": 3}}, "weights: .* does not fit its card .*unet has no field 'depth'"),
     "another size": (
         {"config": {**tiny_model.CONFIG.to_dict(), "channels": [16, 16]}},
         "weights: .* does not fit its card",
     ),
     "bad size": ({"config": {**tiny_model.CONFIG.to_dict(), "resolution": 9}}, "weights: .* does not fit .*resolution"),
-    "prediction": ({"prediction": "score"}, "weights: .* does not fit its card .*prediction: must be one of"),
+    "prediction": ({"prediction": "noise"}, "weights: .* does not fit its card .*prediction: must be one of"),
     "range": ({"sigma_min": 90.0}, "weights: .* does not fit its card .*sigma_min"),
     "type": ({"sigma_max": "big"}, "weights: .* does not fit its card"),
 }

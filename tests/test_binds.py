@@ -139,6 +139,30 @@ def test_samples_do_not_depend_on_their_batch(mixture, backend, formula):
         assert relative(run([i])[0], whole[i]) < 1e-13
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_a_number_per_sample_times_one_per_element(mixture, backend):
+    """A measured number and a mask in one weight, as when only a part of an image is corrected."""
+    mask = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.5, 1.0], dtype=torch.float64)
+
+    def formula(p):
+        x = p.start()
+        for _, s, t in p.grid.windows():
+            d = p.denoise(x, s)
+            x = p.land(ddim_step(x, d, s, t) + (mask * (0.01 / p.norm(d))) * d, t)
+        return x
+
+    grid = make_grid("edm", 3)
+    x, levels = start(grid, (3, 6)), grid.sigmas.tolist()
+    trace = Trace(grid)
+    trace.consistent = False
+    made = trace.program(formula(trace))
+    samples = Engine(made, mixture, (3, 6), backend, dtype=torch.float64)(x)
+    for s, t in pairwise(levels):
+        d = mixture(x, s)
+        x = x + (t - s) * (x - d) / s + mask * 0.01 / d.norm(dim=1, keepdim=True) * d
+    assert relative(samples, x) < 1e-12
+
+
 def test_gradients_reach_what_makes_the_numbers(mixture):
     weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 

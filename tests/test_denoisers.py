@@ -285,7 +285,7 @@ def test_denoisers_are_called_in_the_edm_frame():
         (
             lambda: Denoiser(torch.tanh, "noise"),
             ValueError,
-            "prediction: must be one of edm, eps, x0, v, flow, denoised",
+            "prediction: must be one of edm, eps, score, x0, v, flow, denoised",
         ),
         (
             lambda: Denoiser(torch.tanh, "flow", VPLinear()),

@@ -41,6 +41,7 @@ class NativeExecutor(TorchExecutor):
         self._memory = net_in.untyped_storage().data_ptr()
         fits = slots.is_contiguous() and net_in.ndim <= module.MAX_DIMS
         self._made: Plans | None = None
+        self._both: set[int] = set()  # updates whose weights differ between samples and elements: left to torch
         self._plans = [_plan(u, module) if fits else None for u in lowered.updates]
         for update, plan in zip(lowered.updates, self._plans, strict=True):
             known = () if plan is None else update.sources
@@ -110,12 +111,17 @@ class NativeExecutor(TorchExecutor):
     def _hand_over(self, due: int) -> None:
         """Give the module the weights that became known before update ``due``."""
         assert self._tables is not None
+        shape = self.buffers.net_in.shape
         for i, rows in enumerate(self._tables):
             if self._plans[i] is not None and self.lowered.due[i] == due:
-                self._native.load(i, *_pack(rows, self.buffers.net_in.shape))
+                self._both.discard(i)
+                if any(_per_sample_and_element(c, shape) for row in rows for c in row):
+                    self._both.add(i)
+                else:
+                    self._native.load(i, *_pack(rows, shape))
 
     def update(self, index: int, start: Tensor, outputs: Sequence[Tensor], result: Tensor) -> bool:
-        plan = self._plans[index]
+        plan = None if index in self._both else self._plans[index]
         if plan is None:
             super().update(index, start, outputs, result)
             return all(bool(torch.isfinite(raw).all()) for raw in outputs)
@@ -255,6 +261,10 @@ def _pack(
                 elements.append((j, k, c.detach().expand(shape[1:]).flatten().tolist()))
     flat = [c[b] if isinstance(c, list) else c for b in range(samples) for row in numbers for c in row]
     return flat, used, elements
+
+
+def _per_sample_and_element(c: Any, shape: Sequence[int]) -> bool:
+    return isinstance(c, Tensor) and c.ndim == len(shape) and c.shape[0] == shape[0] > 1 and c.numel() > shape[0]
 
 
 def _describe(x: Tensor) -> tuple[int, int, list[int]]:

@@ -51,5 +51,6 @@ def ancestral_split(rho_s: float, rho_t: float, eta: float) -> tuple[float, floa
         rho_up = min(rho_t, eta * rho_t)  # the limit of the line below
     else:
         rho_up = min(rho_t, eta * math.sqrt(rho_t**2 * (rho_s**2 - rho_t**2) / rho_s**2))
-    # rho_t^2 - rho_up^2 without the cancellation of a long step
-    return rho_t * math.sqrt((1 - eta) * (1 + eta) + (0.0 if math.isinf(rho_s) else (eta * rho_t / rho_s) ** 2)), rho_up
+    # rho_t^2 - rho_up^2 without the cancellation of a long step; 0 where eta > 1 was clipped
+    share = (1 - eta) * (1 + eta) + (0.0 if math.isinf(rho_s) else (eta * rho_t / rho_s) ** 2)
+    return rho_t * math.sqrt(max(share, 0.0)), rho_up
