@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import threading
 import urllib.error
 import urllib.request
@@ -34,6 +35,18 @@ def test_swap_scheduler(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     difference = example("swap_scheduler").main(["--steps", "4", "--out", str(tmp_path)])
     assert difference < 1e-4 and Image.open(tmp_path / "1.png").size == (8, 8)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_train_amed(tmp_path: Path, features: bool) -> None:
+    pytest.importorskip("diffusers")
+    file = tmp_path / "amed.safetensors"
+    arguments = ["--nfe", "4", "--samples", "8", "--images", "32", "--out", str(file), *["--features"] * features]
+    learned, _ = example("train_amed").main(arguments)  # a random network is no denoiser: its error means nothing
+    made = fastode.Artifact.load(file)
+    assert made.nfe == 4 and file.stat().st_size < 100_000 and math.isfinite(learned)
+    with pytest.raises(ValueError, match="this amed artifact was learned for"):
+        made.check(fastode.load("mnist"))
 
 
 def test_export_and_serve(tmp_path: Path) -> None:
