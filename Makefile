@@ -49,8 +49,10 @@ help:  ## list the targets
 demo: $(VENV)/.stamp-core  ## install what is needed, then draw images with each kind of solver
 	@$(VENV)/bin/fastode demo $(ARGS)
 
+# Files of tests are shared out over up to 8 processes, where pytest-xdist is installed.
+WORKERS = $(shell $(PY) -c "import os, xdist; print('-n', min(8, os.cpu_count() or 1), '--dist loadfile')" 2>/dev/null)
 test: $(VENV)/.stamp-test  ## all tests; ARGS="-k name" chooses
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q $(WORKERS) $(ARGS)
 
 bench: $(VENV)/.stamp-bench  ## all benchmarks
 	@$(PY) -m benchmarks.run $(ARGS)
