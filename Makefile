@@ -57,11 +57,11 @@ test: $(VENV)/.stamp-test  ## all tests; ARGS="-k name" chooses
 bench: $(VENV)/.stamp-bench  ## all benchmarks
 	@$(PY) -m benchmarks.run $(ARGS)
 
-RESULTS := --model mnist --nfe 3-10 --samples 2000 --dtype bfloat16 --compile --screen 16
+RESULTS := --model mnist --nfe 3-10 --dtype bfloat16 --compile --screen 16
 results: $(VENV)/.stamp-test  ## the README's and docs' tables and pictures; goes on with out/results if it was stopped
-	@$(VENV)/bin/fastode compare $(RESULTS) --solvers $$($(PY) -m benchmarks.solvers --list solved) \
+	@$(VENV)/bin/fastode compare $(RESULTS) --samples 1000 --solvers $$($(PY) -m benchmarks.solvers --list solved) \
 	    --out out/results/compare.jsonl $(ARGS)
-	@$(VENV)/bin/fastode compare $(RESULTS) --solvers $$($(PY) -m benchmarks.solvers --list published) \
+	@$(VENV)/bin/fastode compare $(RESULTS) --samples 504 --solvers $$($(PY) -m benchmarks.solvers --list published) \
 	    --out out/results/published.jsonl $(ARGS)
 	@cp out/results/compare.jsonl out/results/compare.html out/results/published.jsonl benchmarks/results/
 	@$(PY) -m benchmarks.solvers --readme README.md --docs docs/solvers.md

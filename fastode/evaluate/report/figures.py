@@ -12,7 +12,7 @@ from fastode.evaluate.results import Record, cases
 from fastode.files import whole
 
 COLORS = ("#2457d6", "#d1460b", "#17803d", "#9333b8", "#b8860b", "#0b7f95", "#c81e5b", "#5b4bd1", "#66700d", "#8a4b2a")
-MARKERS = "os^DvPX<>*"
+MARKERS = "os^DvPX<>"  # as many as colours, less one: colour and shape repeat together only after ninety solvers
 
 
 def write_figures(header: Record, records: list[Record], stem: Path) -> list[Path]:
@@ -52,7 +52,9 @@ def _figure(stem: Path, name: str, columns: int, draw: Callable[[Any], None]) ->
 
 def _style(label: str, found: list[Record]) -> dict[str, Any]:
     i = list(dict.fromkeys(c["label"] for c in found)).index(label)
-    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linewidth": 1.3}
+    line = ("-", "--", ":")[i // len(COLORS) % 3]
+    shape = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5}
+    return {"color": COLORS[i % len(COLORS)], "linestyle": line, "linewidth": 1.3, **shape}
 
 
 def _labels(found: list[Record]) -> list[str]:
