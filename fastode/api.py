@@ -14,7 +14,7 @@ from torch import Tensor
 from fastode.artifact import Artifact
 from fastode.denoisers.base import Denoiser
 from fastode.denoisers.guidance import Guidance
-from fastode.engine import Callback, Engine, NoiseSource
+from fastode.engine import Engine, NoiseSource
 from fastode.interop.arrays import to_torch
 from fastode.models import load_solver
 from fastode.noise import check_seeds
@@ -22,6 +22,7 @@ from fastode.schedules.grid import Grid
 from fastode.schedules.noise import NoiseSchedule
 from fastode.schedules.spacing import GRIDS
 from fastode.solvers import SOLVERS, Solver
+from fastode.watch import Callback
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastode.backends import BACKENDS, choose, reference
 from fastode.backends.base import Buffers, Executor, make_numbers
@@ -22,8 +21,8 @@ from fastode.noise import check_seeds, normal
 from fastode.program import Program, Stage
 from fastode.program.lower import Call, Lowered, lower
 from fastode.scalar import Late, evaluate
+from fastode.watch import Callback, Watcher
 
-Callback = Callable[[int, float, Tensor, Tensor], Any]
 NoiseSource = Callable[[int], Tensor] | Sequence[Tensor]
 
 
@@ -196,7 +195,7 @@ class Engine:
                 replayed = self.graphs.run(self, start, condition, known, source, out)
             if replayed is not None:
                 return replayed
-        watcher = _Watcher(self, callback, progress)
+        watcher = Watcher(self, callback, progress)
         with watcher:
             if self.backend == "reference":
                 samples, values = self._run_reference(start, condition, known, source, watcher, return_trajectory)
@@ -240,7 +239,7 @@ class Engine:
         condition: Condition,
         known: Mapping[Late, Any],
         source: Callable[[int], Tensor] | None,
-        watcher: _Watcher,
+        watcher: Watcher,
         keep: bool,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         def denoise(x: Tensor, stage: Stage, late: Mapping[Late, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -264,7 +263,7 @@ class Engine:
         condition: Condition,
         known: Mapping[Late, Any],
         source: Callable[[int], Tensor] | None,
-        watcher: _Watcher,
+        watcher: Watcher,
         keep: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         lowered, denoiser = self._lower(watch=keep), self.denoiser
@@ -456,40 +455,6 @@ class Engine:
         if seeds is None:
             seeds = torch.randint(0, 2**62, (self.shape[0],))
         return Seeded(seeds, self.shape[1:], self.dtype, self.device)
-
-
-class _Watcher:
-    """Calls the callback once per step, shows progress, and counts network calls."""
-
-    def __init__(self, engine: Engine, callback: Callback | None, progress: bool) -> None:
-        self.engine, self.callback, self.calls = engine, callback, 0
-        self._last_step = -1
-        self._bar = tqdm(total=engine.nfe, unit="eval", desc=engine.program.name) if progress else None
-
-    def __enter__(self) -> _Watcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    @property
-    def looks(self) -> bool:
-        return self.callback is not None
-
-    def wants(self, stage: Stage) -> bool:
-        return self.callback is not None and stage.step != self._last_step
-
-    def visit(self, stage: Stage, state: Tensor | None, denoised: Tensor | None) -> bool:
-        self.calls += 1
-        if self._bar is not None:
-            self._bar.update()
-        if self.callback is None or stage.step == self._last_step:
-            return False
-        self._last_step = stage.step
-        sigma = float(self.engine.program.sigmas[stage.index])
-        assert state is not None and denoised is not None
-        return bool(self.callback(stage.step, sigma, state, denoised))
 
 
 def _check_shape(shape: Sequence[int], denoiser: Denoiser) -> tuple[int, ...]:
