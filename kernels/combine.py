@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Elements per thread: one 128-bit access in float32, and exactly one Philox block. With 8, 16-bit tensors would be read and
-# written in 128 bits too instead of 64 (whole sectors either way), but Triton 3.6 then passes every float32 store through
-# shared memory: 4 KB and 9 to 24 more registers a thread (UniPC: 62 instead of 38), seen in the code for sm_90.
+# written in 128 bits too instead of 64 (whole sectors either way), but Triton 3.6 and 3.7 then pass every float32 store
+# through shared memory: 4 KB and more registers a thread (UniPC: 96 and 62 instead of 38), seen in the code for sm_90.
 LANES = 4
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LIMIT = 2**31 - 2**16  # offsets up to here fit in 32 bits, whatever a partly masked block adds

@@ -40,9 +40,9 @@ def pooled_mlp(
     stride_b,
     stride_c,
     stride_p,
-    channels,
     weights,
     b,
+    CHANNELS: tl.constexpr,
     INPUTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -54,7 +54,7 @@ def pooled_mlp(
 ):
     """HEADS numbers of sample ``b``, float64: see ``fastode.program.bind.PooledMLP``.
 
-    ``feature``: [B, channels, INPUTS] at the given strides, any float type. ``weights``: w1, b1, w2, b2, head, offset, low,
+    ``feature``: [B, CHANNELS, INPUTS] at the given strides, any float type. ``weights``: w1, b1, w2, b2, head, offset, low,
     high in a row, float32. P, H, W: INPUTS, HIDDEN, WIDTH rounded up to powers of two.
     """
     p = tl.arange(0, P)
@@ -63,11 +63,11 @@ def pooled_mlp(
     c = tl.arange(0, CHUNK)
     total = tl.zeros([P], tl.float32)
     start = feature + b.to(tl.int64) * stride_b
-    for first in range(0, channels, CHUNK):
+    for first in range(0, CHANNELS, CHUNK):
         at = (first + c)[:, None] * stride_c + p[None, :] * stride_p
-        inside = ((first + c) < channels)[:, None] & (p < INPUTS)[None, :]
+        inside = ((first + c) < CHANNELS)[:, None] & (p < INPUTS)[None, :]
         total += tl.sum(tl.load(start + at, mask=inside, other=0.0).to(tl.float32), axis=0)
-    mean = total / channels
+    mean = total / CHANNELS
 
     b1 = weights + HIDDEN * INPUTS
     w2 = b1 + HIDDEN
@@ -143,8 +143,8 @@ class Structure:
     entries: int
 
 
-PARAMETERS = "feature, stride_b, stride_c, stride_p, channels, weights, leaves, constants, places, table, levels, batch"
-SIZES = "INPUTS, HIDDEN, WIDTH, HEADS, P, H, W, CHUNK"
+PARAMETERS = "feature, stride_b, stride_c, stride_p, weights, leaves, constants, places, table, levels, batch"
+SIZES = "CHANNELS, INPUTS, HIDDEN, WIDTH, HEADS, P, H, W, CHUNK"
 
 
 @cache
@@ -163,7 +163,7 @@ def build(structure: Structure) -> tuple[Any, Any]:
 
 def source(s: Structure) -> str:
     """Triton source of both kernels."""
-    lines = [f"n = pooled_mlp(feature, stride_b, stride_c, stride_p, channels, weights, b, {SIZES})"]
+    lines = [f"n = pooled_mlp(feature, stride_b, stride_c, stride_p, weights, b, {SIZES})"]
     lines += [f"tl.store(leaves + {leaf} * batch + b, n[{k}])" for k, leaf in enumerate(s.made)]
     names: list[str] = []
     for k, leaf in enumerate(s.inputs):
@@ -226,11 +226,11 @@ def pack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat([t.detach().float().flatten() for t in tensors]).to(device)
 
 
-def sizes_of(inputs: int, hidden: int, width: int, heads: int) -> dict[str, int]:
+def sizes_of(channels: int, inputs: int, hidden: int, width: int, heads: int) -> dict[str, int]:
     """The constants of :func:`pooled_mlp`."""
     up = triton.next_power_of_2
     return {
-        "INPUTS": inputs, "HIDDEN": hidden, "WIDTH": width, "HEADS": heads,
+        "CHANNELS": channels, "INPUTS": inputs, "HIDDEN": hidden, "WIDTH": width, "HEADS": heads,
         "P": up(inputs), "H": up(hidden), "W": up(width), "CHUNK": max(1, 2048 // up(inputs)),
     }  # fmt: skip
 
@@ -247,6 +247,6 @@ def arguments(
     """Arguments of both kernels, in the order of ``PARAMETERS``. ``feature``: [B, C, positions]; ``leaves``: [L, B] float64;
     ``constants``: float64; ``places``: (offset in ``table``, numbers from one sample to the next) of every weight, int64."""
     return (
-        feature, *feature.stride(), feature.shape[1], weights, leaves, constants, places, table, tuple(levels),
+        feature, *feature.stride(), weights, leaves, constants, places, table, tuple(levels),
         leaves.shape[1],
     )  # fmt: skip

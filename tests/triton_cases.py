@@ -497,7 +497,7 @@ def test_generated_code_is_the_expression():
     places = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     packed = mean_direction.pack(mlp, DEVICE)
     arguments = mean_direction.arguments(feature, packed, leaves, leaves[2], places, leaves[2].float(), levels)
-    numbers[(batch,)](*arguments, **mean_direction.sizes_of(3, 4, 2, 1))
+    numbers[(batch,)](*arguments, **mean_direction.sizes_of(7, 3, 4, 2, 1))
     from fastode.program import Late
     from fastode.program.code import Code
 

@@ -170,7 +170,7 @@ class Maker:
         with torch.inference_mode(False):
             self.leaves = torch.zeros(len(plans.leaves), packing.shape[0], dtype=torch.float64, device=device)
             self._prepared = {i: self._prepare(p, packing, levels, device) for i, p in plans.by_update.items()}
-        self._waiting: tuple[Any, tuple[Any, ...]] | None = None
+        self._waiting: tuple[_Prepared, tuple[Any, ...], dict[str, int]] | None = None
 
     def _prepare(
         self, plan: Plan, packing: Packing, levels: Sequence[Tensor | None], device: torch.device
@@ -192,7 +192,7 @@ class Maker:
             torch.tensor(code.constants or (0.0,), dtype=torch.float64, device=device),
             torch.tensor(places or (0, 0), dtype=torch.int64, device=device),
             tuple(level for level in (levels[k] for k in plan.calls) if level is not None),
-            self._kernels.sizes_of(inputs, hidden, len(mlp.b2), len(mlp.offset)),
+            (inputs, hidden, len(mlp.b2), len(mlp.offset)),
         )
 
     def load(self, known: Mapping[Late, Any]) -> None:
@@ -208,19 +208,19 @@ class Maker:
         """Take the feature that the numbers before update ``index`` are made from."""
         p = self._prepared[index]
         feature = features[p.feature].flatten(2)  # a view in both memory formats
-        if feature.shape[2] != p.sizes["INPUTS"]:
+        if feature.shape[2] != p.sizes[0]:
             self.plans.by_update[index].mlp(features[p.feature])  # says what is wrong
         arguments = self._kernels.arguments(
             feature, p.weights, self.leaves, p.constants, p.places, self.table, p.levels
         )
-        self._waiting = p, arguments
+        self._waiting = p, arguments, self._kernels.sizes_of(feature.shape[1], *p.sizes)
 
     def run(self) -> None:
         assert self._waiting is not None
-        p, arguments = self._waiting
+        p, arguments, sizes = self._waiting
         self._waiting = None
         with torch.cuda.device_of(self.table):
-            p.kernels[0][(self.leaves.shape[1],)](*arguments, **p.sizes, num_warps=self._kernels.WARPS)
+            p.kernels[0][(self.leaves.shape[1],)](*arguments, **sizes, num_warps=self._kernels.WARPS)
 
     def fold(self, targets: list[Tensor], sources: list[Tensor], table: Tensor, update: dict[str, Any]) -> bool:
         """Launch the update with what waits folded in. False if nothing waits, or was launched by itself."""
@@ -234,9 +234,9 @@ class Maker:
             if blocks > self._kernels.FOLD:
                 self.run()
                 return False
-            p, arguments = self._waiting
+            p, arguments, sizes = self._waiting
             self._waiting = None
-            p.kernels[1][(batch * blocks,)](*arguments, *own, **p.sizes, **constants)
+            p.kernels[1][(batch * blocks,)](*arguments, *own, **sizes, **constants)
         return True
 
 
@@ -248,7 +248,7 @@ class _Prepared:
     constants: Tensor
     places: Tensor
     levels: tuple[Tensor, ...]
-    sizes: dict[str, int]
+    sizes: tuple[int, int, int, int]
 
 
 def _same(old: Mapping[Late, Any], new: Mapping[Late, Any], late: frozenset[Late]) -> bool:
